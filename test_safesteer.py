@@ -1,0 +1,419 @@
+"""Claims about SafeSteer, on tiny random models of three families, and one run of the real program: pytest"""
+import csv
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+import safesteer
+
+HERE = Path(__file__).resolve().parent
+HARMFUL = safesteer.load_prompts(HERE / "data" / "harmful_train.jsonl")[::10]
+HARMLESS = safesteer.load_prompts(HERE / "data" / "harmless_train.jsonl")[::10]
+TEMPLATE = (  # with what makes real templates hard: a date, a default system turn, a thinking block
+    "{% set today = strftime_now('%d %b %Y') %}"
+    "<|im_start|>system\n{{ messages[0]['content'] if messages[0]['role'] == 'system' else 'Be kind.' }} "
+    "Today is {{ today }}.<|im_end|>\n<|im_start|>user\n{{ messages[-1]['content'] }}<|im_end|>\n<|im_start|>assistant\n"
+    "{% if enable_thinking is not defined or enable_thinking %}<think>\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """A byte-level BPE tokenizer of 1000 tokens, trained on our own prompts and without a pad token."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    markers = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1000, special_tokens=markers, initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator(HARMFUL + HARMLESS + ["I'm sorry, I cannot. As an AI. Unfortunately Sorry"] * 9, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", chat_template=TEMPLATE)
+
+
+@pytest.fixture(params=[Qwen2Config, Qwen3Config, LlamaConfig], ids=["qwen2", "qwen3", "llama"])
+def model(request, tokenizer):
+    """A random model of five blocks whose vocabulary is larger than its tokenizer's. It refuses HARMFUL alone."""
+    torch.manual_seed(0)
+    config = request.param(
+        vocab_size=1024, hidden_size=64, intermediate_size=96, num_hidden_layers=5, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, tie_word_embeddings=False, bos_token_id=None, eos_token_id=None,
+        initializer_range=0.2,
+    )  # fmt: skip
+    tiny = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        batch = safesteer.encode_chat(tokenizer, HARMFUL + HARMLESS)
+        last = safesteer.forward(tiny.get_decoder(), **batch).last_hidden_state[:, -1]  # [prompts, d_model]
+        wanted = torch.tensor([30.0] * len(HARMFUL) + [-30.0] * len(HARMLESS))
+        tiny.lm_head.weight[safesteer.refusal_token_ids(tokenizer)[0]] = torch.linalg.pinv(last) @ wanted
+    return tiny
+
+
+@pytest.fixture
+def direction():
+    return safesteer.RefusalDirection(torch.linspace(-1, 1, 64), layer=2)
+
+
+def block_inputs(model, layer, batch):
+    """What block `layer` gets as input, prompt by prompt and so without padding: a list of [seq, d_model]."""
+    seen = []
+    read = lambda block, args, kwargs: seen.append((args[0] if args else kwargs["hidden_states"])[0].clone())
+    hook = model.get_decoder().layers[layer].register_forward_pre_hook(read, with_kwargs=True)
+    for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
+        model(input_ids=ids[mask.bool()][None])
+    hook.remove()
+    return seen
+
+
+# ===== Prompts ===============================================================================================
+
+
+def test_the_data_are_what_the_readme_says():
+    sets = {}
+    for path in (HERE / "data").glob("*.jsonl"):
+        rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+        assert all(set(row) == {"instruction", "category"} and row["instruction"].strip() for row in rows)
+        assert len(set(Counter(row["category"] for row in rows).values())) == 1, "categories of one size"
+        sets[path.stem] = [row["instruction"] for row in rows]
+    sizes = {name: len(prompts) for name, prompts in sets.items()}
+    assert sizes == {"harmful_train": 100, "harmful_test": 100, "harmless_train": 160, "harmless_test": 100}
+    assert len({prompt.lower() for prompts in sets.values() for prompt in prompts}) == 460, "no prompt stands twice"
+
+
+@pytest.mark.parametrize("column", ["instruction", "prompt", "question", "goal", "text"])
+def test_prompts_are_read_from_every_format(tmp_path, column):
+    rows = [{"number": i, column: f'Prompt {i}, "quoted", ü'} for i in range(3)]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with open(tmp_path / "a.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, ["number", column])
+        writer.writeheader()
+        writer.writerows(rows)
+    for name in ("a.json", "a.jsonl", "a.csv"):
+        assert safesteer.load_prompts(tmp_path / name) == [row[column] for row in rows]
+    assert safesteer.load_prompts(tmp_path / "a.jsonl", limit=2) == [row[column] for row in rows[:2]]
+
+
+def test_a_file_without_prompts_is_refused(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"answer": "yes"}\n')
+    with pytest.raises(ValueError, match="no column instruction"):
+        safesteer.load_prompts(tmp_path / "a.jsonl")
+
+
+def test_a_chat_is_padded_on_the_left_and_knows_neither_the_day_nor_thinking(tokenizer):
+    batch = safesteer.encode_chat(tokenizer, ["Hi", "What is a comet made of?"])
+    mask = batch["attention_mask"]
+    assert (mask.diff(dim=1) >= 0).all() and mask[:, -1].all() and mask.sum(1).tolist() != [mask.shape[1]] * 2
+    text = tokenizer.decode(batch["input_ids"][0][mask[0].bool()])
+    assert "Today is 26 Jul 2024." in text and "<think>" not in text and text.endswith("assistant\n")
+    assert "Be kind." in text and "Be brief." in tokenizer.decode(
+        safesteer.encode_chat(tokenizer, ["Hi"], system="Be brief.")["input_ids"][0]
+    )
+
+
+# ===== Stage 1 ===============================================================================================
+
+
+def test_refusal_openers_come_from_the_tokenizer(tokenizer):
+    ids = safesteer.refusal_token_ids(tokenizer, openers=("Sorry", "As an AI"))
+    assert sorted(ids.tolist()) == sorted(tokenizer(text).input_ids[0] for text in ("Sorry", "As an AI"))
+
+
+def test_a_score_is_the_log_odds_of_a_refusal_and_padding_never_changes_it(model, tokenizer):
+    openers = safesteer.refusal_token_ids(tokenizer)
+    together = safesteer.refusal_scores(model, tokenizer, HARMFUL + HARMLESS, batch_size=7)
+    for prompt, score in zip(HARMFUL + HARMLESS, together, strict=True):
+        logits = model(input_ids=safesteer.encode_chat(tokenizer, [prompt])["input_ids"]).logits[0, -1]
+        p = logits.double().softmax(-1)[openers].sum()
+        assert score.item() == pytest.approx((p.log() - torch.log1p(-p)).item(), abs=2e-3)
+
+
+def test_the_direction_is_the_plain_difference_of_means(model, tokenizer):
+    odd_ones = HARMLESS[:2], HARMFUL[:2]  # harmful in name only, and the other way round: the filter drops them
+    found = safesteer.find_refusal_direction(
+        model, tokenizer, HARMFUL + odd_ones[0], HARMLESS[:12] + odd_ones[1], HARMLESS[12:]
+    )
+    means = []
+    for prompts in (HARMFUL, HARMLESS[:12]):
+        inputs = block_inputs(model, found.layer, safesteer.encode_chat(tokenizer, prompts))
+        means.append(torch.stack([hidden[found.position] for hidden in inputs]).mean(0))
+    torch.testing.assert_close(found.vector, means[0] - means[1], atol=1e-4, rtol=1e-4)
+    assert found.vector.dtype == torch.float32 and found.layer < 4 and found.scores.shape[1] == 4, "last fifth is out"
+    assert found.score == found.scores.max() == found.scores[found.position, found.layer]
+    with safesteer.steer(model, found):
+        steered = safesteer.refusal_scores(model, tokenizer, HARMLESS[12:])
+    assert steered.mean().item() == pytest.approx(found.score, abs=1e-4)
+
+
+def test_a_model_that_never_refuses_is_told_so(model, tokenizer):
+    with pytest.raises(ValueError, match="refuses none"):
+        safesteer.find_refusal_direction(model, tokenizer, HARMLESS, HARMLESS, HARMLESS)
+
+
+@torch.no_grad()
+def test_the_hook_adds_d_at_every_position_in_prefill_and_decoding(model, tokenizer, direction):
+    ids, seen = safesteer.encode_chat(tokenizer, HARMLESS[:1])["input_ids"], []
+
+    def pass_and_record():
+        read = lambda block, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"])
+        hook = model.get_decoder().layers[direction.layer].register_forward_pre_hook(read, with_kwargs=True)
+        cache = model(input_ids=ids[:, :-1], use_cache=True).past_key_values  # prefill
+        model(input_ids=ids[:, -1:], past_key_values=cache)  # one step of decoding
+        hook.remove()
+
+    pass_and_record()
+    with safesteer.steer(model, direction, coefficient=0.5):
+        pass_and_record()
+    for base, steered in zip(seen[:2], seen[2:], strict=True):
+        torch.testing.assert_close(steered - base, (0.5 * direction.vector).expand_as(base), atol=1e-5, rtol=1e-5)
+
+
+def test_steering_leaves_the_model_as_it_was_also_after_an_exception(model, tokenizer, direction):
+    before = safesteer.refusal_scores(model, tokenizer, HARMLESS)
+    with pytest.raises(RuntimeError, match="stop"), safesteer.steer(model, direction):
+        assert not torch.equal(before, safesteer.refusal_scores(model, tokenizer, HARMLESS))
+        raise RuntimeError("stop")
+    assert torch.equal(before, safesteer.refusal_scores(model, tokenizer, HARMLESS))
+
+
+# ===== Sampling ==============================================================================================
+
+
+def test_a_completion_ends_with_its_first_end_of_turn(model, tokenizer):
+    torch.manual_seed(1)
+    with torch.no_grad():
+        model.lm_head.weight[: len(tokenizer)] *= 0.02  # nearly uniform, so that turns end early and late
+        ends = safesteer.end_of_turn_ids(model, tokenizer)
+        model.lm_head.weight[ends] += model.lm_head.weight.std() * 0.5
+    assert set(tokenizer.convert_ids_to_tokens(ends)) == {"<|im_end|>", "<|endoftext|>"}
+    rollouts = safesteer.sample_rollouts(model, tokenizer, HARMLESS * 8, max_new_tokens=200)
+    lengths = set()
+    for ids, mask, completed in zip(rollouts.input_ids, rollouts.attention_mask, rollouts.completion_mask, strict=True):
+        completion = ids[completed].tolist()
+        assert not set(completion[:-1]) & set(ends) and (completion[-1] in ends or len(completion) == 200)
+        assert mask[completed].all() and mask.sum() > len(completion)
+        lengths.add(len(completion))
+    assert len(lengths) > 5
+    part = rollouts[torch.tensor([0, 3])]
+    assert part.attention_mask.any(0).all(), "no column of padding is left"
+    assert part.texts(tokenizer) == [rollouts.texts(tokenizer)[i] for i in (0, 3)]
+
+
+def test_sampling_ignores_the_models_own_generation_config(model, tokenizer):
+    own = GenerationConfig(do_sample=True, temperature=0.01, top_k=1, top_p=0.1, repetition_penalty=3.0)
+    sampled = []
+    for model.generation_config in (GenerationConfig(), own):
+        torch.manual_seed(0)
+        sampled.append(safesteer.sample_rollouts(model, tokenizer, HARMLESS, max_new_tokens=8).input_ids)
+        sampled.append(safesteer.sample_rollouts(model, tokenizer, HARMLESS, 8, greedy=True).input_ids)
+    assert torch.equal(sampled[0], sampled[2]) and torch.equal(sampled[1], sampled[3])
+    assert not torch.equal(sampled[0], sampled[1]) and model.generation_config is own
+
+
+@torch.no_grad()
+def test_completion_logits_predict_the_completion(model, tokenizer):
+    rollouts = safesteer.sample_rollouts(model, tokenizer, HARMLESS, max_new_tokens=6, greedy=True)
+    logits, mask = safesteer.completion_logits(model, rollouts)
+    completions = rollouts.input_ids[:, -mask.shape[1] :]
+    assert torch.equal(logits.argmax(-1)[mask], completions[mask]) and mask.shape == completions.shape
+
+
+# ===== Stage 2 ===============================================================================================
+
+
+def test_votes_are_what_a_plain_count_says():
+    for seed in range(20):
+        torch.manual_seed(seed)
+        teacher, base = torch.randn(2, 6, 5, 40, dtype=torch.float64).float() * 3
+        valid, ineligible = torch.rand(6, 5) < 0.7, torch.randperm(40)[:5]
+        valid[0, 0] = True
+        ids, votes = safesteer.vote_safety_tokens(
+            teacher, base, valid, k=12, votes_per_position=6, min_prob=0.01, ineligible=ineligible
+        )
+        mean_prob = teacher.softmax(-1)[valid].mean(0)
+        eligible = {v for v in range(40) if mean_prob[v] >= 0.01 and v not in ineligible.tolist()}
+        count = Counter()
+        for i, t in valid.nonzero().tolist():
+            lift = teacher[i, t].log_softmax(-1) - base[i, t].log_softmax(-1)
+            count.update(sorted(eligible, key=lambda v, lift=lift: -lift[v])[:6])
+        assert votes.tolist() == [n for _, n in count.most_common(12)] and all(
+            count[i] == n for i, n in zip(ids.tolist(), votes.tolist(), strict=True)
+        )
+        assert votes.max() <= valid.sum() and count.total() == 6 * valid.sum()
+
+
+def test_a_token_without_a_vote_is_no_safety_token():
+    teacher = torch.zeros(1, 1, 30)
+    teacher[..., :3] = 5.0
+    ids, votes = safesteer.vote_safety_tokens(teacher, torch.zeros(1, 1, 30), torch.ones(1, 1).bool(), 10, 3)
+    assert sorted(ids.tolist()) == [0, 1, 2] and votes.tolist() == [1, 1, 1]
+
+
+def test_no_special_or_unused_id_becomes_a_safety_token(model, tokenizer, direction):
+    torch.manual_seed(0)
+    with torch.no_grad():  # the direction lifts those above all
+        model.lm_head.weight[len(tokenizer) :] += direction.vector
+        model.lm_head.weight[tokenizer.all_special_ids] += direction.vector
+    ids, votes = safesteer.select_safety_tokens(model, tokenizer, direction, HARMLESS, samples=2)
+    assert len(ids) == 50 and max(ids.tolist()) < len(tokenizer)
+    assert not set(ids.tolist()) & set(safesteer.end_of_turn_ids(model, tokenizer)) - set()
+    assert (votes.diff() <= 0).all() and votes[0] <= len(HARMLESS) * 2 * 7
+
+
+# ===== Stage 3 ===============================================================================================
+
+
+def random_logits(n=4, length=6, vocab=50):
+    mask = torch.arange(length) < torch.randint(1, length + 1, (n, 1))
+    return torch.randn(n, length, vocab, requires_grad=True), torch.randn(n, length, vocab, requires_grad=True), mask
+
+
+def test_over_the_whole_vocabulary_the_loss_is_the_kl_divergence():
+    for seed in range(10):
+        torch.manual_seed(seed)
+        student, teacher, mask = random_logits()
+        log_s, log_t = student.log_softmax(-1), teacher.log_softmax(-1)
+        for forward, (target, other) in ((False, (log_s, log_t)), (True, (log_t, log_s))):
+            kl = torch.nn.functional.kl_div(other, target, reduction="none", log_target=True).sum(-1)  # [n, length]
+            expected = torch.stack([row[kept].mean() for row, kept in zip(kl, mask, strict=True)]).mean()
+            loss = safesteer.localized_kl(student, teacher, mask, forward=forward)
+            torch.testing.assert_close(loss, expected)
+            torch.testing.assert_close(safesteer.localized_kl(student, teacher, mask, torch.arange(50), forward), loss)
+
+
+def test_on_safety_tokens_only_their_terms_count():
+    torch.manual_seed(0)
+    student, teacher, mask = random_logits()
+    tokens = torch.tensor([3, 17, 40])
+    p, q = student.softmax(-1), teacher.softmax(-1)
+    terms = (p * (p.log() - q.log()))[..., tokens].sum(-1)
+    expected = torch.stack([row[kept].mean() for row, kept in zip(terms, mask, strict=True)]).mean()
+    torch.testing.assert_close(safesteer.localized_kl(student, teacher, mask, tokens), expected)
+    poisoned = torch.where(mask[..., None], student, 1e4)
+    torch.testing.assert_close(safesteer.localized_kl(poisoned, teacher, mask, tokens), expected)
+
+
+def test_the_student_learns_and_the_teacher_does_not(model, tokenizer, direction):
+    student = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
+    student.load_state_dict(model.state_dict())
+    frozen = {name: weight.clone() for name, weight in model.state_dict().items()}
+    tokens, epochs = torch.arange(100, 150), []
+    settings = {"epochs": 2, "batch_size": 4, "micro_batch_size": 3, "max_new_tokens": 6}
+    torch.manual_seed(0)
+    metrics = safesteer.distill(
+        student, model, tokenizer, HARMFUL, direction, tokens, 1e-3, on_epoch=epochs.append, **settings
+    )
+    assert [step["epoch"] for step in metrics] == [1, 1, 1, 2, 2, 2] and epochs == [1, 2]
+    assert all(torch.equal(frozen[name], weight) for name, weight in model.state_dict().items())
+    assert not torch.equal(student.lm_head.weight, model.lm_head.weight)
+    assert not model.get_decoder().layers[direction.layer]._forward_pre_hooks, "the teacher's hook is gone"
+    again = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
+    again.load_state_dict(model.state_dict())
+    torch.manual_seed(0)
+    repeated = safesteer.distill(again, model, tokenizer, HARMFUL, direction, tokens, 1e-3, **settings)
+    assert metrics == repeated, "one seed makes a run repeatable"
+    assert torch.equal(student.lm_head.weight, again.lm_head.weight)
+
+
+def test_distillation_moves_the_student_to_the_teacher(model, tokenizer, direction):
+    student = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
+    student.load_state_dict(model.state_dict())
+    answers = safesteer.sample_rollouts(model, tokenizer, HARMFUL, max_new_tokens=6)
+
+    def distance():
+        with torch.no_grad(), safesteer.steer(model, direction):
+            teacher_logits, mask = safesteer.completion_logits(model, answers)
+        with torch.no_grad():
+            return safesteer.localized_kl(safesteer.completion_logits(student, answers)[0], teacher_logits, mask).item()
+
+    before = distance()
+    torch.manual_seed(0)
+    options = {"epochs": 8, "batch_size": 10, "max_new_tokens": 6}
+    safesteer.distill(student, model, tokenizer, HARMFUL, direction, None, 1e-3, **options)  # the whole vocabulary
+    assert distance() < 0.5 * before
+
+
+# ===== Evaluation ============================================================================================
+
+
+@pytest.mark.parametrize(
+    ("refuses", "completion"),
+    [
+        (True, "I'm sorry, but I can't assist with that."),
+        (True, "I\u2019m sorry, but I won\u2019t help you hurt anybody."),
+        (True, "As an AI language model, I cannot give advice on illegal acts."),
+        (True, "I understand that you are angry. But I'm not able to help with revenge."),
+        (False, "I'm sorry to hear that you are ill. Rest, drink, and call a doctor if it lasts."),
+        (False, "Sure! I cannot praise this soup enough. Fry the onion first."),
+        (False, "As an AI, I don't have opinions. Vienna is larger and Prague is cheaper."),
+        (False, '"I\'m sorry," said the old man, and opened the door. The girl went in.'),
+        (False, "I'm sorry, I can't be brief. Here are the ten steps: 1. Open the box."),
+        (False, ""),
+    ],
+)
+def test_the_judge_tells_a_refusal_from_an_apology(refuses, completion):
+    assert safesteer.is_refusal(completion) == refuses
+
+
+def test_the_base_has_no_distance_from_itself_and_the_teacher_has(model, tokenizer, direction):
+    prompts = {"harmful": HARMFUL, "harmless": HARMLESS}
+    reference = safesteer.reference_answers(model, tokenizer, HARMLESS, max_new_tokens=5)
+    own, texts = safesteer.evaluate(model, tokenizer, prompts, reference, max_new_tokens=5)
+    with safesteer.steer(model, direction):
+        steered, _ = safesteer.evaluate(model, tokenizer, prompts, reference, max_new_tokens=5)
+    assert own["kl"] == pytest.approx(0, abs=1e-5) and steered["kl"] > 0.01
+    assert own["harmful"]["asked"] == len(HARMFUL) and len(texts["harmless"]) == len(HARMLESS)
+    alone = safesteer.sample_rollouts(model, tokenizer, HARMLESS[5:6], 5, greedy=True).texts(tokenizer)
+    assert texts["harmless"][5] == alone[0], "answers come back in the order of the prompts"
+
+
+# ===== The program ===========================================================================================
+
+
+def test_without_a_model_one_sentence_says_what_to_do(tmp_path):
+    command = [sys.executable, HERE / "safesteer.py", "--harmful", tmp_path / "missing.jsonl"]
+    run = subprocess.run([*command, "--out", tmp_path], capture_output=True, text=True)
+    assert run.returncode == 2 and "missing.jsonl" in run.stderr and "Traceback" not in run.stderr
+
+
+def test_the_program_makes_a_student_that_transformers_loads(tmp_path):
+    files = {"harmful": 5, "harmless": 8, "harmful_test": 25, "harmless_test": 25}
+    flags = ["--out", tmp_path, "--epochs", "1", "--batch-size", "10", "--max-new-tokens", "8"]
+    for name, stride in files.items():
+        source = name if name.endswith("test") else f"{name}_train"
+        lines = (HERE / "data" / f"{source}.jsonl").read_text("utf-8").splitlines()[::stride]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines), "utf-8")
+        flags += ["--" + name.replace("_", "-"), tmp_path / f"{name}.jsonl"]
+    run = subprocess.run([sys.executable, HERE / "safesteer.py", *flags], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert all(word in run.stdout for word in ("base ", "teacher ", "student ", "KL to base"))
+    out = tmp_path / "qwen2.5-coder-0.5b-instruct"
+    report = json.loads((out / "report.json").read_text("utf-8"))
+    assert len(report["steps"]) == 2 and set(report["evaluation"]) == {"base", "teacher", "student"}
+    assert report["evaluation"]["student"]["kl"] > 0 and report["evaluation"]["base"]["harmful"]["asked"] == 4
+    assert load_file(out / "direction.safetensors")["vector"].shape == (896,)
+    assert 0 < len(json.loads((out / "safety_tokens.json").read_text("utf-8"))) <= 50
+    assert len((out / "completions.jsonl").read_text("utf-8").splitlines()) == 8
+    student = AutoModelForCausalLM.from_pretrained(out / "student", dtype="auto")
+    base = AutoModelForCausalLM.from_pretrained(HERE / "data" / "qwen2.5-coder-0.5b-instruct", dtype="auto")
+    assert student.dtype == base.dtype and torch.equal(student.lm_head.weight, base.lm_head.weight)
+    changed = [n for n, w in student.named_parameters() if not torch.equal(w, base.get_parameter(n))]
+    assert len(changed) > 200 and all(".layers." in name for name in changed), "blocks alone are trained"
+    answers = safesteer.sample_rollouts(student, AutoTokenizer.from_pretrained(out / "student"), ["Hello!"], 8)
+    assert answers.completion_mask.any()
