@@ -371,12 +371,14 @@ def test_the_judge_tells_a_refusal_from_an_apology(refuses, completion):
     assert safesteer.is_refusal(completion) == refuses
 
 
+@torch.no_grad()
 def test_the_base_has_no_distance_from_itself_and_the_teacher_has(model, tokenizer, direction):
     prompts = {"harmful": HARMFUL, "harmless": HARMLESS}
-    reference = safesteer.reference_answers(model, tokenizer, HARMLESS, max_new_tokens=5)
-    own, texts = safesteer.evaluate(model, tokenizer, prompts, reference, max_new_tokens=5)
+    _, texts, rollouts = safesteer.evaluate(model, tokenizer, prompts, max_new_tokens=5, batch_size=7)
+    reference = [(answers, safesteer.completion_logits(model, answers)[0]) for answers in rollouts["harmless"]]
+    own, _, _ = safesteer.evaluate(model, tokenizer, prompts, reference, max_new_tokens=5)
     with safesteer.steer(model, direction):
-        steered, _ = safesteer.evaluate(model, tokenizer, prompts, reference, max_new_tokens=5)
+        steered, _, _ = safesteer.evaluate(model, tokenizer, prompts, reference, max_new_tokens=5)
     assert own["kl"] == pytest.approx(0, abs=1e-5) and steered["kl"] > 0.01
     assert own["harmful"]["asked"] == len(HARMFUL) and len(texts["harmless"]) == len(HARMLESS)
     alone = safesteer.sample_rollouts(model, tokenizer, HARMLESS[5:6], 5, greedy=True).texts(tokenizer)
