@@ -28,8 +28,8 @@ HARMLESS = safesteer.load_prompts(HERE / "data" / "harmless_train.jsonl")[::10]
 TEMPLATE = (  # with what makes real templates hard: a date, a default system turn, a thinking block
     "{% set today = strftime_now('%d %b %Y') %}"
     "<|im_start|>system\n{{ messages[0]['content'] if messages[0]['role'] == 'system' else 'Be kind.' }} "
-    "Today is {{ today }}.<|im_end|>\n<|im_start|>user\n{{ messages[-1]['content'] }}<|im_end|>\n<|im_start|>assistant\n"
-    "{% if enable_thinking is not defined or enable_thinking %}<think>\n{% endif %}"
+    "Today is {{ today }}.<|im_end|>\n<|im_start|>user\n{{ messages[-1]['content'] }}<|im_end|>\n"
+    "<|im_start|>assistant\n{% if enable_thinking is not defined or enable_thinking %}<think>\n{% endif %}"
 )
 
 
@@ -272,7 +272,7 @@ def test_no_special_or_unused_id_becomes_a_safety_token(model, tokenizer, direct
         model.lm_head.weight[tokenizer.all_special_ids] += direction.vector
     ids, votes = safesteer.select_safety_tokens(model, tokenizer, direction, HARMLESS, samples=2)
     assert len(ids) == 50 and max(ids.tolist()) < len(tokenizer)
-    assert not set(ids.tolist()) & set(safesteer.end_of_turn_ids(model, tokenizer)) - set()
+    assert not set(ids.tolist()) & {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
     assert (votes.diff() <= 0).all() and votes[0] <= len(HARMLESS) * 2 * 7
 
 
@@ -309,6 +309,37 @@ def test_on_safety_tokens_only_their_terms_count():
     torch.testing.assert_close(safesteer.localized_kl(poisoned, teacher, mask, tokens), expected)
 
 
+def test_the_generalized_kl_is_least_where_student_and_teacher_agree_and_the_papers_sum_is_not():
+    torch.manual_seed(0)
+    _, teacher, mask = random_logits()
+    tokens = torch.tensor([3, 17, 40])
+
+    def gradient_at_the_teacher(**options):
+        student = teacher.detach().clone().requires_grad_()
+        loss = safesteer.localized_kl(student, teacher.detach(), mask, tokens, **options)
+        loss.backward()
+        return loss.item(), student.grad.norm().item()
+
+    assert gradient_at_the_teacher(generalized=True) == pytest.approx((0, 0), abs=1e-6)
+    assert gradient_at_the_teacher() == (pytest.approx(0, abs=1e-6), pytest.approx(gradient_at_the_teacher()[1]))
+    assert gradient_at_the_teacher()[1] > 1e-3, "p_s = p_t / e is the minimum of the paper's sum"
+    for seed in range(20):
+        torch.manual_seed(seed)
+        student, teacher, mask = random_logits()
+        assert safesteer.localized_kl(student, teacher, mask, tokens, generalized=True) > 0
+        full = [safesteer.localized_kl(student, teacher, mask, generalized=choice) for choice in (False, True)]
+        torch.testing.assert_close(full[0], full[1])
+
+
+def test_the_gradient_flows_through_the_student_alone(model, tokenizer, direction):
+    rollouts = safesteer.sample_rollouts(model, tokenizer, HARMFUL[:3], max_new_tokens=4)
+    with torch.no_grad(), safesteer.steer(model, direction):
+        teacher_logits, mask = safesteer.completion_logits(model, rollouts)
+    assert not rollouts.input_ids.requires_grad and not teacher_logits.requires_grad
+    safesteer.localized_kl(safesteer.completion_logits(model, rollouts)[0], teacher_logits, mask).backward()
+    assert all(weight.grad is not None for weight in model.get_decoder().layers.parameters())
+
+
 def test_the_student_learns_and_the_teacher_does_not(model, tokenizer, direction):
     student = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
     student.load_state_dict(model.state_dict())
@@ -335,6 +366,7 @@ def test_distillation_moves_the_student_to_the_teacher(model, tokenizer, directi
     student = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
     student.load_state_dict(model.state_dict())
     answers = safesteer.sample_rollouts(model, tokenizer, HARMFUL, max_new_tokens=6)
+    direction.vector *= 3
 
     def distance():
         with torch.no_grad(), safesteer.steer(model, direction):
@@ -344,8 +376,8 @@ def test_distillation_moves_the_student_to_the_teacher(model, tokenizer, directi
 
     before = distance()
     torch.manual_seed(0)
-    options = {"epochs": 8, "batch_size": 10, "max_new_tokens": 6}
-    safesteer.distill(student, model, tokenizer, HARMFUL, direction, None, 1e-3, **options)  # the whole vocabulary
+    options = {"epochs": 12, "batch_size": 10, "max_new_tokens": 6}
+    safesteer.distill(student, model, tokenizer, HARMFUL, direction, None, 3e-4, **options)  # the whole vocabulary
     assert distance() < 0.5 * before
 
 
@@ -395,13 +427,11 @@ def test_without_a_model_one_sentence_says_what_to_do(tmp_path):
 
 
 def test_the_program_makes_a_student_that_transformers_loads(tmp_path):
-    files = {"harmful": 5, "harmless": 8, "harmful_test": 25, "harmless_test": 25}
-    flags = ["--out", tmp_path, "--epochs", "1", "--batch-size", "10", "--max-new-tokens", "8"]
-    for name, stride in files.items():
-        source = name if name.endswith("test") else f"{name}_train"
-        lines = (HERE / "data" / f"{source}.jsonl").read_text("utf-8").splitlines()[::stride]
+    flags = ["--out", tmp_path, "--epochs", "1", "--batch-size", "10", "--max-new-tokens", "8", "--eval-limit", "4"]
+    for name, stride in {"harmful": 5, "harmless": 8}.items():
+        lines = (HERE / "data" / f"{name}_train.jsonl").read_text("utf-8").splitlines()[::stride]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines), "utf-8")
-        flags += ["--" + name.replace("_", "-"), tmp_path / f"{name}.jsonl"]
+        flags += ["--" + name, tmp_path / f"{name}.jsonl"]
     run = subprocess.run([sys.executable, HERE / "safesteer.py", *flags], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
     assert all(word in run.stdout for word in ("base ", "teacher ", "student ", "KL to base"))
