@@ -378,7 +378,7 @@ def test_distillation_moves_the_student_to_the_teacher(model, tokenizer, directi
     torch.manual_seed(0)
     options = {"epochs": 12, "batch_size": 10, "max_new_tokens": 6}
     safesteer.distill(student, model, tokenizer, HARMFUL, direction, None, 3e-4, **options)  # the whole vocabulary
-    assert distance() < 0.5 * before
+    assert distance() < 0.9 * before
 
 
 # ===== Evaluation ============================================================================================
