@@ -144,6 +144,16 @@ def test_a_score_is_the_log_odds_of_a_refusal_and_padding_never_changes_it(model
         assert score.item() == pytest.approx((p.log() - torch.log1p(-p)).item(), abs=2e-3)
 
 
+def test_positions_are_counted_from_a_prompts_first_token_not_from_its_padding(model, tokenizer):
+    seen, batch = [], safesteer.encode_chat(tokenizer, HARMLESS)
+    read = lambda decoder, args, kwargs: seen.append(kwargs["position_ids"])
+    hook = model.get_decoder().register_forward_pre_hook(read, with_kwargs=True)
+    safesteer.forward(model, **batch)
+    hook.remove()
+    for positions, mask in zip(seen[0], batch["attention_mask"].bool(), strict=True):
+        assert positions[mask].tolist() == list(range(mask.sum()))
+
+
 def test_the_direction_is_the_plain_difference_of_means(model, tokenizer):
     odd_ones = HARMLESS[:2], HARMFUL[:2]  # harmful in name only, and the other way round: the filter drops them
     found = safesteer.find_refusal_direction(
