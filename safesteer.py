@@ -73,15 +73,15 @@ ABLATIONS = {"tokens": "all"}, {"kl": "forward"}, {"teacher": "prompt"}  # what 
 
 
 # ===== Prompts and chat batches ======================================================================================
-def load_prompts(source, limit=None, columns=("instruction", "prompt", "question", "goal", "text")):
-    """Read at most `limit` prompts, a list of str, from a .json, .jsonl, .csv or .parquet file or a hub data set.
-    Takes the first of `columns` that there is; raises ValueError if there is none."""
+def load_prompts(source, limit=None, columns=("instruction", "prompt", "question", "goal", "text", "Goal", "turns")):
+    """Read at most `limit` prompts, a list of str, from a .json, .jsonl, .csv or .parquet file or a hub data set, ID or
+    ID:CONFIG. Takes the first of `columns` that there is, of lists the first item; raises ValueError without one."""
     kind = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}.get(Path(source).suffix)
-    loaded = datasets.load_dataset(kind, data_files=str(source)) if kind else datasets.load_dataset(source)
+    loaded = datasets.load_dataset(kind, data_files=str(source)) if kind else datasets.load_dataset(*source.split(":"))
     rows = loaded.get("train") or next(iter(loaded.values()))
     for column in columns:
         if column in rows.column_names:
-            return list(rows[column])[:limit]
+            return [row if isinstance(row, str) else row[0] for row in rows[column][:limit]]
     raise ValueError(f"{source} has none of the columns {', '.join(columns)}, but {', '.join(rows.column_names)}.")
 
 
@@ -409,9 +409,9 @@ def evaluate(model, tokenizer, tests, solutions=None, base=None, system=None, gu
     origin, kl = base or found, 0.0
     for asked, rollouts, base_logits in base.reference if base else []:
         logits, mask = completion_logits(model, rollouts.after(encode_chat(tokenizer, asked, system)))
-        kl += localized_kl(logits, base_logits, mask).item() * len(asked) / len(tests["harmless"])
-    mean = origin.states.mean(0)
-    spread = (origin.states - mean).square().sum(1).mean().sqrt()
+        for part in zip(logits.split(4), base_logits.split(4), mask.split(4), strict=True):  # float32 copies are large
+            kl += localized_kl(*part).item() * len(part[0]) / len(tests["harmless"])
+    mean, spread = origin.states.mean(0), origin.states.var(0, correction=0).sum().sqrt()
     found.metrics |= {"kl": kl, "shift": ((found.states.mean(0) - mean).norm() / spread).item()}
     return found
 

@@ -99,7 +99,7 @@ def test_the_data_are_what_the_readme_says():
     assert len({prompt.lower() for prompts in sets.values() for prompt in prompts}) == 660, "no prompt stands twice"
 
 
-@pytest.mark.parametrize("column", ["instruction", "prompt", "question", "goal", "text"])
+@pytest.mark.parametrize("column", ["instruction", "prompt", "question", "goal", "text", "Goal", "turns"])
 def test_prompts_are_read_from_every_format(tmp_path, column):
     rows = [{"number": i, column: f'Prompt {i}, "quoted", ü'} for i in range(3)]
     (tmp_path / "a.json").write_text(json.dumps(rows))
@@ -111,6 +111,11 @@ def test_prompts_are_read_from_every_format(tmp_path, column):
     for name in ("a.json", "a.jsonl", "a.csv"):
         assert safesteer.load_prompts(tmp_path / name) == [row[column] for row in rows]
     assert safesteer.load_prompts(tmp_path / "a.jsonl", limit=2) == [row[column] for row in rows[:2]]
+
+
+def test_of_a_conversation_the_first_turn_is_the_prompt(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"turns": ["Hello", "And then?"]}\n')
+    assert safesteer.load_prompts(tmp_path / "a.jsonl") == ["Hello"]
 
 
 def test_a_file_without_prompts_is_refused(tmp_path):
