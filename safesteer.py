@@ -37,31 +37,37 @@ DATA = Path(__file__).resolve().parent / "data"
 
 @dataclass
 class Settings:
-    """Every setting is a flag: `learning_rate` is --learning-rate. Defaults are the paper's for Qwen models."""
+    """Every setting is a flag: `learning_rate` is --learning-rate. Defaults are our recipe's, see RECIPES."""
     model: str = HfArg(default=str(DATA / "qwen2.5-coder-0.5b-instruct"), help="chat model, a hub id or a folder")
     harmful: str = HfArg(default=str(DATA / "harmful_train.jsonl"), help="prompts to refuse: direction, training")
-    harmless: str = HfArg(default=str(DATA / "harmless_train.jsonl"), help="prompts to answer: direction, tokens")
+    harmless: str = HfArg(default=str(DATA / "harmless_train.jsonl"), help="prompts to answer: every stage")
+    borderline: str = HfArg(default=str(DATA / "borderline_train.jsonl"), help="prompts to answer that look harmful")
+    recipe: Literal["anchored", "paper"] = HfArg(default="anchored", help="with our anchor, or as in the paper")
     tokens: Literal["safety", "all"] = HfArg(default="safety", help="train on the safety tokens or on all tokens")
     kl: Literal["reverse", "forward"] = HfArg(default="reverse", help="KL(student || teacher) or the other way round")
     teacher: Literal["steered", "prompt"] = HfArg(default="steered", help="steered by d, or told by a system prompt")
-    compare: bool = HfArg(default=False, help="run the default and these three ablations, print one table")
+    compare: bool = HfArg(default=False, help="run the default, the paper's recipe and its ablations")
     eval_limit: int = HfArg(default=100, help="test prompts of each set to evaluate on")
     eval_set: list[str] = HfArg(default_factory=list, metadata={"action": "extend"}, help="NAME=FILE_OR_ID: a test set")
     judge: str = HfArg(default="", help="guard model that judges attacks, e.g. meta-llama/Llama-Guard-3-8B")
     eval_max_new_tokens: int = HfArg(default=32, help="length of an evaluated answer at most")
     horizon: int = HfArg(default=7, help="H, the tokens of a teacher completion that vote")
     min_prob: float = HfArg(default=1e-8, help="mean teacher probability under which a token is not eligible")
-    learning_rate: float = HfArg(default=1e-5, help="peak learning rate of AdamW")
-    epochs: int = HfArg(default=1, help="passes over the harmful prompts")
-    batch_size: int = HfArg(default=32, help="harmful prompts in a training step at most")
+    learning_rate: float = HfArg(default=2e-5, help="peak learning rate of AdamW")
+    epochs: int = HfArg(default=3, help="passes over the harmful prompts")
+    batch_size: int = HfArg(default=16, help="harmful prompts in a training step at most")
     micro_batch_size: int = HfArg(default=4, help="rollouts in one forward pass of training: fewer need less memory")
-    max_new_tokens: int = HfArg(default=512, help="length of a rollout at most")
+    max_new_tokens: int = HfArg(default=12, help="length of a rollout at most")
     seed: int = HfArg(default=0, help="seed of every random choice")
     out: str = HfArg(default="out", help="results go into a folder in here, named after the model")
 
 
-FAMILIES = {  # what differs: the paper's settings for Llama, ours for the small model on two cores
-    "llama": {"learning_rate": 1e-6, "horizon": 5, "min_prob": 1e-7},
+FAMILIES = {  # where the paper's settings for a family are not those for Qwen
+    "llama": {"horizon": 5, "min_prob": 1e-7},
+}
+PAPER = {  # its training settings; for the small model, ours for its recipe on two cores
+    "default": {"learning_rate": 1e-5, "epochs": 1, "batch_size": 32, "max_new_tokens": 512},
+    "llama": {"learning_rate": 1e-6},
     "qwen2.5-coder-0.5b-instruct": {"epochs": 2, "max_new_tokens": 64, "micro_batch_size": 2},
 }
 TEACHERS = {  # how the base becomes the teacher: `coefficient` times the direction, or a system prompt and no direction
@@ -69,7 +75,7 @@ TEACHERS = {  # how the base becomes the teacher: `coefficient` times the direct
     "prompt": {"coefficient": 0.0, "system": "You are a careful assistant. Decline in one sentence every request that "
                "could hurt somebody, is illegal or is unethical. Answer every other one as well as you can."},
 }  # fmt: skip
-ABLATIONS = {"tokens": "all"}, {"kl": "forward"}, {"teacher": "prompt"}  # what --compare runs beside the default
+COMPARED = "", "--recipe paper", *(f"--recipe paper {x}" for x in ("--tokens all", "--kl forward", "--teacher prompt"))
 
 
 # ===== Prompts and chat batches ======================================================================================
@@ -88,8 +94,9 @@ def load_prompts(source, limit=None, columns=("instruction", "prompt", "question
 def encode_chat(tokenizer, prompts, system=None, answers=None):
     """Put prompts through the model's chat template, left-padded: input_ids and attention_mask, [n, seq] int64.
     Thinking is switched off and the date fixed where a template has them, so that no run depends on the day.
-    `system` is a first turn for all, `answers` a last turn of the assistant for each, which a guard model judges."""
-    turns = zip([system] * len(prompts), prompts, answers or [None] * len(prompts), strict=True)
+    `system` is a first turn, one for all or a list; `answers` are a last turn, which a guard model judges."""
+    systems = system if isinstance(system, list) else [system] * len(prompts)
+    turns = zip(systems, prompts, answers or [None] * len(prompts), strict=True)
     roles = "system", "user", "assistant"
     chats = [[{"role": role, "content": text} for role, text in zip(roles, turn) if text is not None] for turn in turns]
     template = "{% macro strftime_now(style) %}26 Jul 2024{% endmacro %}" + tokenizer.get_chat_template()
@@ -173,10 +180,11 @@ def find_refusal_direction(model, tokenizer, harmful, harmless, validation, batc
 @contextmanager
 def steer(model, direction, coefficient=1.0):
     """Inside the `with` the model is the safety teacher: coefficient * d is added to the input of block
-    `direction.layer` at every token, in prefill and decoding. The hook is gone afterwards, also after an exception."""
+    `direction.layer` at every token, in prefill and decoding. The hook is gone afterwards, also after an exception.
+    `coefficient` is a number, or one for each row of the batch, [batch, 1, 1]."""
     def add_direction(block, args, kwargs):
         hidden = args[0] if args else kwargs.pop("hidden_states")  # [batch, seq, d_model]
-        return (hidden + coefficient * direction.vector.to(hidden), *args[1:]), kwargs
+        return (hidden + (coefficient * direction.vector).to(hidden), *args[1:]), kwargs
 
     with model.get_decoder().layers[direction.layer].register_forward_pre_hook(add_direction, with_kwargs=True):
         yield model
@@ -286,28 +294,32 @@ def select_safety_tokens(
 
 
 # ===== Stage 3: localized on-policy distillation =====================================================================
-def localized_kl(student_logits, teacher_logits, mask, token_ids=None, forward=False):
+def localized_kl(student_logits, teacher_logits, mask, token_ids=None, forward=False, generalized=False):
     """Reverse KL(pi_s || pi_t) on the safety tokens (paper: localized reverse KL), a float32 scalar: the mean over
     completions of the mean over positions in `mask` [n, completion] of sum_{v in S} p_s(v) (log p_s(v) - log p_t(v)).
     Logits are [n, completion, vocab], probabilities over all of it; `token_ids` is S, None the whole vocabulary;
-    `forward` swaps the models. On S alone the sum is no divergence: its minimum lies at p_s = p_t / e."""
+    `forward` swaps the models. On S alone the sum is no divergence: its minimum lies at p_s = p_t / e. `generalized`
+    adds p_t - p_s to each term (generalized KL divergence): no term is negative and each is least at p_s = p_t."""
     p, q = (teacher_logits, student_logits) if forward else (student_logits, teacher_logits)
     p_norm, q_norm = p.float().logsumexp(-1, keepdim=True), q.float().logsumexp(-1, keepdim=True)
     p, q = (p, q) if token_ids is None else (p[..., token_ids], q[..., token_ids])  # [n, completion, K]
     log_p, log_q = p.float() - p_norm, q.float() - q_norm
-    divergence = (log_p.exp() * (log_p - log_q)).sum(-1)  # [n, completion]
+    terms = log_p.exp() * (log_p - log_q)  # [n, completion, K]
+    divergence = (terms + log_q.exp() - log_p.exp() if generalized else terms).sum(-1)  # [n, completion]
     return ((divergence * mask).sum(-1) / mask.sum(-1)).mean()
 
 
 def distill(
     student, teacher, tokenizer, prompts, direction, token_ids, learning_rate=1e-5, epochs=1, batch_size=32,
-    micro_batch_size=4, max_new_tokens=512, forward=False,
+    micro_batch_size=4, max_new_tokens=512, forward=False, generalized=False, harmless=(),
     coefficient=1.0, system=None, on_epoch=None,
 ):  # fmt: skip
-    """Train `student` in place on its own answers to harmful `prompts`. `teacher` is the base, here made the teacher by
-    coefficient * direction and, if given, a system prompt that only it sees. `token_ids` and `forward`: localized_kl.
-    AdamW, cosine with 10 % warm-up, gradient norm clipped at 1; float32 weights run under bfloat16 autocast. An epoch
-    is cut into equal steps of at most `batch_size` prompts. Returns a dict of metrics per step."""
+    """Train the weights of `student` that require a gradient, in place, on its own answers to harmful `prompts`.
+    `teacher` is the base, here made the teacher by coefficient * direction and, if given, a system prompt that only it
+    sees. To each step's prompts as many of the `harmless` ones are drawn: for these the teacher is the base as it is,
+    the anchor. `token_ids`, `forward` and `generalized`: localized_kl. AdamW, cosine with 10 % warm-up, gradient norm
+    clipped at 1; float32 weights run under bfloat16 autocast. An epoch is cut into equal steps of at most `batch_size`
+    prompts. Returns a dict of metrics per step."""
     weights = [weight for weight in student.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, learning_rate, weight_decay=0.0, fused=True)
     per_epoch = math.ceil(len(prompts) / batch_size)
@@ -316,23 +328,28 @@ def distill(
     autocast = lambda: torch.autocast(student.device.type, torch.bfloat16, enabled=weights[0].dtype == torch.float32)
     metrics, bar = [], tqdm(steps, "3 distillation", unit="step")
     for step, rows in enumerate(bar, 1):
+        anchors = torch.randperm(len(harmless))[: len(rows)]
+        texts = [prompts[i] for i in rows] + [harmless[i] for i in anchors]
+        steered = [coefficient] * len(rows) + [0.0] * len(anchors)
+        systems = [system] * len(rows) + [None] * len(anchors)
         with autocast():
-            rollouts = sample_rollouts(student, tokenizer, [prompts[i] for i in rows], max_new_tokens)
+            rollouts = sample_rollouts(student, tokenizer, texts, max_new_tokens)
         loss = 0.0
         for part in rollouts.completion_mask.sum(1).argsort().split(micro_batch_size):  # of like length
-            seen = encode_chat(tokenizer, [prompts[i] for i in rows[part.cpu()]], system)
-            with torch.no_grad(), steer(teacher, direction, coefficient):
+            seen = encode_chat(tokenizer, [texts[i] for i in part], [systems[i] for i in part])
+            strengths = torch.tensor([steered[i] for i in part])[:, None, None]
+            with torch.no_grad(), steer(teacher, direction, strengths):
                 teacher_logits, mask = completion_logits(teacher, rollouts[part].after(seen))
             with autocast():
                 student_logits, _ = completion_logits(student, rollouts[part])
-            part_loss = localized_kl(student_logits, teacher_logits, mask, token_ids, forward)
+            part_loss = localized_kl(student_logits, teacher_logits, mask, token_ids, forward, generalized)
             (part_loss * len(part) / len(rows)).backward()
             loss += part_loss.item() * len(part) / len(rows)
         norm = torch.nn.utils.clip_grad_norm_(weights, 1.0).item()
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        refused = sum(map(is_refusal, rollouts.texts(tokenizer))) / len(rows)
+        refused = sum(map(is_refusal, rollouts.texts(tokenizer)[: len(rows)])) / len(rows)
         metrics.append({"step": step, "loss": loss, "gradient_norm": norm, "refused": refused})
         bar.set_postfix(loss=f"{loss:.4f}", refused=f"{refused:.0%}")
         if on_epoch and step % per_epoch == 0:
@@ -465,13 +482,15 @@ def draw_tradeoff(rows, path):
 
 
 def read_settings(arguments=None):
-    """The command line as Settings: defaults, over them the row of the model's family, over both the given flags."""
+    """The command line as Settings: defaults, over them those of the model's family and the recipe, over both flags."""
     parser = HfArgumentParser(Settings, description=__doc__.splitlines()[0])
-    model = Path(parser.parse_args(arguments).model)
+    given = parser.parse_args(arguments)
+    model = Path(given.model)
     if str(model) == Settings.model and not model.exists():
         raise OSError("The small model is not there yet: run python data/prepare.py, or name a model with --model.")
-    family = model.name if model.name in FAMILIES else AutoConfig.from_pretrained(str(model)).model_type
-    parser.set_defaults(**FAMILIES.get(family, {}))
+    family = model.name if model.name in PAPER else AutoConfig.from_pretrained(str(model)).model_type
+    recipe = PAPER["default"] | PAPER.get(family, {}) if given.recipe == "paper" else {}
+    parser.set_defaults(**FAMILIES.get(family, {}), **recipe)
     return parser.parse_args_into_dataclasses(arguments)[0]
 
 
@@ -484,14 +503,15 @@ def load_model(name):
     return model, AutoTokenizer.from_pretrained(name)
 
 
-def load_tests(settings):
-    """The test sets {name: prompts} and the answers {name: expected} of those that have them, from data/ and flags."""
-    sources = {name: DATA / f"{name}_test.jsonl" for name in ("harmful", "harmless", "borderline", "capability")}
-    if wrong := [given for given in settings.eval_set if not re.fullmatch(r"\w+=.+", given)]:
+def load_sets(split, limit=None, given=()):
+    """The "test" or "validation" sets {name: prompts} and the answers {name: expected} of those that have them, from
+    data/ or where `given`, a list of NAME=FILE_OR_ID, says."""
+    sources = {name: DATA / f"{name}_{split}.jsonl" for name in ("harmful", "harmless", "borderline", "capability")}
+    if wrong := [text for text in given if not re.fullmatch(r"\w+=.+", text)]:
         raise ValueError(f"--eval-set takes NAME=FILE_OR_ID, not {wrong[0]}.")
-    sources |= dict(given.split("=", 1) for given in settings.eval_set)
-    solutions = {"capability": load_prompts(sources["capability"], settings.eval_limit, ("answer",))}
-    return {name: load_prompts(source, settings.eval_limit) for name, source in sources.items()}, solutions
+    sources |= dict(text.split("=", 1) for text in given)
+    solutions = {"capability": load_prompts(sources["capability"], limit, ("answer",))}
+    return {name: load_prompts(source, limit) for name, source in sources.items()}, solutions
 
 
 @contextmanager
@@ -504,33 +524,39 @@ def timed(report, stage):
     report["stages"][stage] = {"seconds": round(time.time() - start), "peak_memory_gb": round(peak / 1e9, 1)}
 
 
-def run_variant(settings, report, folder, base, tokenizer, direction, harmful, validation, tests, known):
-    """Stages 2 and 3 and the evaluation of one variant, written into `folder` and `report`. `known` holds what
-    `evaluate` found of base and teachers, for the other variants."""
+def run_variant(settings, report, folder, base, tokenizer, direction, prompts, tests, known):
+    """Stages 2 and 3 and the evaluation of one variant, written into `folder` and `report`. `prompts` are those of
+    training and validation; `known` holds what `evaluate` found of base and teachers, for the other variants."""
     torch.manual_seed(settings.seed)
     write = lambda name, value: (folder / name).write_text(json.dumps(value, indent=1, ensure_ascii=False), "utf-8")
     chosen, teacher = lambda *names: {name: getattr(settings, name) for name in names}, TEACHERS[settings.teacher]
+    anchored, first_trained = settings.recipe == "anchored", 0
     with timed(report, "2 safety tokens"):
         options = chosen("min_prob", "horizon") | teacher
-        token_ids, votes = select_safety_tokens(base, tokenizer, direction, validation, **options)
+        token_ids, votes = select_safety_tokens(base, tokenizer, direction, prompts.validation, **options)
     tokens = [{"id": i, "text": tokenizer.decode([i]), "votes": v} for i, v in zip(token_ids.tolist(), votes.tolist())]
     write("safety_tokens.json", tokens)
     print("The safety tokens:", *(repr(token["text"]) for token in tokens))
-    probe = {"harmful": harmful[: len(validation)], "harmless": validation}
     with timed(report, "3 distillation"):
-        ends = base.get_input_embeddings(), base.get_output_embeddings()
-        student = copy.deepcopy(base, {id(end): end for end in ends})  # embeddings and head stay the base's
-        student.get_decoder().layers.float().requires_grad_(True)
-        origin = evaluate(base, tokenizer, probe)
+        if anchored:  # what we add to the paper: see the README
+            token_ids = torch.cat([token_ids, refusal_token_ids(tokenizer).to(token_ids)]).unique()
+            first_trained = direction.layer
+        shared = [*base.get_decoder().layers[:first_trained], base.get_input_embeddings(), base.get_output_embeddings()]
+        student = copy.deepcopy(base, {id(module): module for module in shared})  # what is not trained stays the base's
+        student.get_decoder().layers[first_trained:].float().requires_grad_(True)
+        probe = load_sets("validation")
+        origin = known["validation"] = known.get("validation") or evaluate(base, tokenizer, *probe, max_new_tokens=16)
         report["epochs"] = {"base": origin.metrics}
 
         def watch(epoch):
-            report["epochs"][f"epoch {epoch}"] = evaluate(student, tokenizer, probe, base=origin).metrics
-            tqdm.write(f"On prompts of training and validation:\n{format_table(report['epochs'])}")
+            found = evaluate(student, tokenizer, *probe, base=origin, max_new_tokens=16)
+            report["epochs"][f"epoch {epoch}"] = found.metrics
+            tqdm.write(f"On validation prompts:\n{format_table(report['epochs'])}")
 
         options = chosen("learning_rate", "epochs", "batch_size", "micro_batch_size", "max_new_tokens") | teacher
         options |= {"token_ids": None if settings.tokens == "all" else token_ids, "forward": settings.kl == "forward"}
-        report["steps"] = distill(student, base, tokenizer, harmful, direction, on_epoch=watch, **options)
+        options |= {"harmless": prompts.anchors if anchored else (), "generalized": anchored, "on_epoch": watch}
+        report["steps"] = distill(student, base, tokenizer, prompts.harmful, direction, **options)
         student.to(torch.bfloat16).save_pretrained(folder / "student")
         tokenizer.save_pretrained(folder / "student")
     with timed(report, "4 evaluation"):
@@ -556,12 +582,16 @@ def run_variant(settings, report, folder, base, tokenizer, direction, harmful, v
         print("", *(f"{name:8} {text[:100]!r}" for name, text in row.items() if name != "set"), sep="\n")
 
 
-def main(settings):
+def main(arguments=None):
     """Run the stages in the paper's order, write what each finds into out/<model>/ and print the table."""
-    harmful, harmless, tests = load_prompts(settings.harmful), load_prompts(settings.harmless), load_tests(settings)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    settings = read_settings(arguments)
+    harmful, harmless = load_prompts(settings.harmful), load_prompts(settings.harmless)
+    borderline, tests = load_prompts(settings.borderline), load_sets("test", settings.eval_limit, settings.eval_set)
     torch.manual_seed(settings.seed)
     shuffled = [harmless[i] for i in torch.randperm(len(harmless))]
     validation, rest = shuffled[: len(shuffled) // 5], shuffled[len(shuffled) // 5 :]  # 32 and 128 of 160
+    prompts = SimpleNamespace(harmful=harmful, validation=validation, anchors=rest + borderline)
     base, tokenizer = load_model(settings.model)
     out = Path(settings.out) / Path(settings.model).name
     out.mkdir(parents=True, exist_ok=True)
@@ -572,19 +602,18 @@ def main(settings):
     tensors = {"vector": direction.vector, "scores": direction.scores}
     save_file(tensors, out / "direction.safetensors", metadata={name: str(value) for name, value in found.items()})
     print(f"The direction: {found}")
-    first |= {"direction": found, "data": hashlib.sha256(repr((harmful, harmless, tests)).encode()).hexdigest()}
+    first |= {"direction": found, "data": hashlib.sha256(repr((vars(prompts), tests)).encode()).hexdigest()}
     known, table = {}, {}
-    for changes in ({}, *(ABLATIONS if settings.compare else ())):
-        variant = replace(settings, compare=False, **changes)
-        chosen = {key: getattr(variant, key) for key in ("tokens", "kl", "teacher")}
-        folder = out / "-".join(f"{key}-{value}" for key, value in chosen.items() if value != getattr(Settings, key))
+    for flags in COMPARED if settings.compare else ("",):
+        variant = replace(read_settings([*arguments, *flags.split()]), compare=False)
+        folder = out / "-".join(flags.replace("--recipe", "").replace("--", "").split())  # paper, paper-tokens-all and so on
         folder.mkdir(exist_ok=True)
         report, path = {"settings": asdict(variant)} | copy.deepcopy(first), folder / "report.json"
         kept = json.loads(path.read_text("utf-8")) if path.exists() else {}
         if settings.compare and all(kept.get(key) == report[key] for key in ("settings", "versions", "data")):
             report = kept
         else:
-            run_variant(variant, report, folder, base, tokenizer, direction, harmful, validation, tests, known)
+            run_variant(variant, report, folder, base, tokenizer, direction, prompts, tests, known)
         results, teacher = report["evaluation"], "teacher" if variant.teacher == "steered" else "prompted teacher"
         table |= {"base": results["base"], teacher: results["teacher"]}
         table["student" if folder == out else folder.name] = results["student"]
@@ -595,6 +624,6 @@ def main(settings):
 
 if __name__ == "__main__":
     try:
-        main(read_settings())
+        main()
     except (OSError, ValueError) as error:
         sys.exit(print(f"safesteer.py: {error}", file=sys.stderr) or 2)

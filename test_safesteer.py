@@ -89,14 +89,17 @@ def test_the_data_are_what_the_readme_says():
     sets = {}
     for path in (HERE / "data").glob("*.jsonl"):
         rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-        columns = {"instruction", "category"} | ({"answer"} if path.stem == "capability_test" else set())
+        columns = {"instruction", "category"} | ({"answer"} if "capability" in path.stem else set())
         assert all(set(row) == columns and all(value.strip() for value in row.values()) for row in rows)
-        assert len(set(Counter(row["category"] for row in rows).values())) == 1, "categories of one size"
+        if path.stem != "borderline_validation":
+            assert len(set(Counter(row["category"] for row in rows).values())) == 1, "categories of one size"
         sets[path.stem] = [row["instruction"] for row in rows]
     sizes = {name: len(prompts) for name, prompts in sets.items()}
     tests = dict.fromkeys(("harmful_test", "harmless_test", "borderline_test", "capability_test"), 100)
-    assert sizes == {"harmful_train": 100, "harmless_train": 160} | tests
-    assert len({prompt.lower() for prompts in sets.values() for prompt in prompts}) == 660, "no prompt stands twice"
+    validation = dict.fromkeys(("harmful_validation", "harmless_validation", "borderline_validation"), 50)
+    validation["capability_validation"] = 40
+    assert sizes == {"harmful_train": 100, "harmless_train": 160, "borderline_train": 100} | tests | validation
+    assert len({prompt.lower() for prompts in sets.values() for prompt in prompts}) == 950, "no prompt stands twice"
 
 
 @pytest.mark.parametrize("column", ["instruction", "prompt", "question", "goal", "text", "Goal", "turns"])
@@ -529,32 +532,33 @@ def test_compare_runs_every_ablation_and_none_twice(model, tokenizer, tmp_path, 
     flags += ["--epochs", 3, "--learning-rate", 1e-3, "--max-new-tokens", 4, "--eval-limit", 3]
     flags += ["--eval-set", f"own={tmp_path / 'own.csv'}", "--judge", tmp_path / "tiny", "--compare"]
     flags = list(map(str, flags))
-    safesteer.main(safesteer.read_settings(flags))
-    names = ("base", "teacher", "student", "tokens-all", "kl-forward", "prompted teacher", "teacher-prompt")
+    safesteer.main(flags)
+    variants = ("paper", "paper-tokens-all", "paper-kl-forward", "paper-teacher-prompt")
+    names = ("base", "teacher", "student", "prompted teacher", *variants)
     lines = capsys.readouterr().out.splitlines()
     assert all(any(line.startswith(name + " ") for line in lines) for name in names)
     out = tmp_path / "out" / "tiny"
     reports = {path.parent.name: json.loads(path.read_text("utf-8")) for path in out.glob("**/report.json")}
-    assert set(reports) == {"tiny", "tokens-all", "kl-forward", "teacher-prompt"}
+    assert set(reports) == {"tiny", *variants}
     assert len({report["direction"]["score"] for report in reports.values()}) == 1, "one direction for all"
     kls = [report["evaluation"]["student"]["kl"] for report in reports.values()]
-    assert len(set(kls)) == 4, "each variant trains another student"
+    assert len(set(kls)) == 5, "each variant trains another student"
     for report in reports.values():
         assert report["evaluation"]["base"] == reports["tiny"]["evaluation"]["base"]
         student = report["evaluation"]["student"]
         assert student["own"]["of"] == 1 and student["harmful"]["of"] == 3
     assert (out / "tradeoff.png").stat().st_size > 1000
-    for variant in (out, out / "kl-forward"):
+    for variant in (out, out / "paper-kl-forward"):
         assert (variant / "student" / "model.safetensors").exists()
         assert (variant / "representation_shift.png").exists() and (variant / "training.png").exists()
     monkeypatch.setattr(safesteer, "run_variant", lambda *_: pytest.fail("a variant runs again"))
-    safesteer.main(safesteer.read_settings(flags))
+    safesteer.main(flags)
     assert capsys.readouterr().out.splitlines()[-9:] == lines[-9:], "the same table from what was kept"
 
 
 def test_an_evaluation_set_needs_a_name(tmp_path):
     with pytest.raises(ValueError, match="NAME=FILE_OR_ID"):
-        safesteer.load_tests(safesteer.Settings(eval_set=["prompts.csv"]))
+        safesteer.load_sets("test", given=["prompts.csv"])
 
 
 def test_the_program_makes_a_student_that_transformers_loads(tmp_path):
