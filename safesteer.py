@@ -53,7 +53,8 @@ class Settings:
     eval_max_new_tokens: int = HfArg(default=32, help="length of an evaluated answer at most")
     horizon: int = HfArg(default=7, help="H, the tokens of a teacher completion that vote")
     min_prob: float = HfArg(default=1e-8, help="mean teacher probability under which a token is not eligible")
-    learning_rate: float = HfArg(default=2e-5, help="peak learning rate of AdamW")
+    anchor_weight: float = HfArg(default=1.5, help="weight of the harmless half of a step")
+    learning_rate: float = HfArg(default=1.5e-5, help="peak learning rate of AdamW")
     epochs: int = HfArg(default=3, help="passes over the harmful prompts")
     batch_size: int = HfArg(default=16, help="harmful prompts in a training step at most")
     micro_batch_size: int = HfArg(default=4, help="rollouts in one forward pass of training: fewer need less memory")
@@ -94,9 +95,8 @@ def load_prompts(source, limit=None, columns=("instruction", "prompt", "question
 def encode_chat(tokenizer, prompts, system=None, answers=None):
     """Put prompts through the model's chat template, left-padded: input_ids and attention_mask, [n, seq] int64.
     Thinking is switched off and the date fixed where a template has them, so that no run depends on the day.
-    `system` is a first turn, one for all or a list; `answers` are a last turn, which a guard model judges."""
-    systems = system if isinstance(system, list) else [system] * len(prompts)
-    turns = zip(systems, prompts, answers or [None] * len(prompts), strict=True)
+    `system` is a first turn for all, `answers` a last turn of the assistant for each, which a guard model judges."""
+    turns = zip([system] * len(prompts), prompts, answers or [None] * len(prompts), strict=True)
     roles = "system", "user", "assistant"
     chats = [[{"role": role, "content": text} for role, text in zip(roles, turn) if text is not None] for turn in turns]
     template = "{% macro strftime_now(style) %}26 Jul 2024{% endmacro %}" + tokenizer.get_chat_template()
@@ -180,11 +180,10 @@ def find_refusal_direction(model, tokenizer, harmful, harmless, validation, batc
 @contextmanager
 def steer(model, direction, coefficient=1.0):
     """Inside the `with` the model is the safety teacher: coefficient * d is added to the input of block
-    `direction.layer` at every token, in prefill and decoding. The hook is gone afterwards, also after an exception.
-    `coefficient` is a number, or one for each row of the batch, [batch, 1, 1]."""
+    `direction.layer` at every token, in prefill and decoding. The hook is gone afterwards, also after an exception."""
     def add_direction(block, args, kwargs):
         hidden = args[0] if args else kwargs.pop("hidden_states")  # [batch, seq, d_model]
-        return (hidden + (coefficient * direction.vector).to(hidden), *args[1:]), kwargs
+        return (hidden + coefficient * direction.vector.to(hidden), *args[1:]), kwargs
 
     with model.get_decoder().layers[direction.layer].register_forward_pre_hook(add_direction, with_kwargs=True):
         yield model
@@ -312,14 +311,14 @@ def localized_kl(student_logits, teacher_logits, mask, token_ids=None, forward=F
 def distill(
     student, teacher, tokenizer, prompts, direction, token_ids, learning_rate=1e-5, epochs=1, batch_size=32,
     micro_batch_size=4, max_new_tokens=512, forward=False, generalized=False, harmless=(),
-    coefficient=1.0, system=None, on_epoch=None,
+    anchor_weight=1.0, coefficient=1.0, system=None, on_epoch=None,
 ):  # fmt: skip
     """Train the weights of `student` that require a gradient, in place, on its own answers to harmful `prompts`.
     `teacher` is the base, here made the teacher by coefficient * direction and, if given, a system prompt that only it
-    sees. To each step's prompts as many of the `harmless` ones are drawn: for these the teacher is the base as it is,
-    the anchor. `token_ids`, `forward` and `generalized`: localized_kl. AdamW, cosine with 10 % warm-up, gradient norm
-    clipped at 1; float32 weights run under bfloat16 autocast. An epoch is cut into equal steps of at most `batch_size`
-    prompts. Returns a dict of metrics per step."""
+    sees. As many of the `harmless` prompts, if given, are drawn for each step and their loss weighs `anchor_weight`:
+    their teacher is the base as it is. `token_ids`, `forward` and `generalized`: localized_kl. AdamW, cosine with 10 %
+    warm-up, gradient norm clipped at 1; float32 weights run under bfloat16 autocast. An epoch is cut into equal steps
+    of at most `batch_size` prompts. Returns a dict of metrics per step."""
     weights = [weight for weight in student.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, learning_rate, weight_decay=0.0, fused=True)
     per_epoch = math.ceil(len(prompts) / batch_size)
@@ -328,30 +327,31 @@ def distill(
     autocast = lambda: torch.autocast(student.device.type, torch.bfloat16, enabled=weights[0].dtype == torch.float32)
     metrics, bar = [], tqdm(steps, "3 distillation", unit="step")
     for step, rows in enumerate(bar, 1):
-        anchors = torch.randperm(len(harmless))[: len(rows)]
-        texts = [prompts[i] for i in rows] + [harmless[i] for i in anchors]
-        steered = [coefficient] * len(rows) + [0.0] * len(anchors)
-        systems = [system] * len(rows) + [None] * len(anchors)
-        with autocast():
-            rollouts = sample_rollouts(student, tokenizer, texts, max_new_tokens)
-        loss = 0.0
-        for part in rollouts.completion_mask.sum(1).argsort().split(micro_batch_size):  # of like length
-            seen = encode_chat(tokenizer, [texts[i] for i in part], [systems[i] for i in part])
-            strengths = torch.tensor([steered[i] for i in part])[:, None, None]
-            with torch.no_grad(), steer(teacher, direction, strengths):
-                teacher_logits, mask = completion_logits(teacher, rollouts[part].after(seen))
+        halves = [([prompts[i] for i in rows], coefficient, system, 1.0)]
+        if harmless:
+            drawn = [harmless[i] for i in torch.randperm(len(harmless))[: len(rows)]]
+            halves.append((drawn, 0.0, None, anchor_weight))  # their teacher is the base as it is
+        losses, refused = [], []
+        for texts, strength, told, weight in halves:
             with autocast():
-                student_logits, _ = completion_logits(student, rollouts[part])
-            part_loss = localized_kl(student_logits, teacher_logits, mask, token_ids, forward, generalized)
-            (part_loss * len(part) / len(rows)).backward()
-            loss += part_loss.item() * len(part) / len(rows)
+                rollouts = sample_rollouts(student, tokenizer, texts, max_new_tokens)
+            refused.append(sum(map(is_refusal, rollouts.texts(tokenizer))) / len(texts))
+            for part in rollouts.completion_mask.sum(1).argsort().split(micro_batch_size):  # of like length
+                seen = encode_chat(tokenizer, [texts[i] for i in part], told)
+                with torch.no_grad(), steer(teacher, direction, strength):
+                    teacher_logits, mask = completion_logits(teacher, rollouts[part].after(seen))
+                with autocast():
+                    student_logits, _ = completion_logits(student, rollouts[part])
+                loss = localized_kl(student_logits, teacher_logits, mask, token_ids, forward, generalized)
+                loss = weight * loss * len(part) / len(texts)
+                loss.backward()
+                losses.append(loss.item())
         norm = torch.nn.utils.clip_grad_norm_(weights, 1.0).item()
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        refused = sum(map(is_refusal, rollouts.texts(tokenizer)[: len(rows)])) / len(rows)
-        metrics.append({"step": step, "loss": loss, "gradient_norm": norm, "refused": refused})
-        bar.set_postfix(loss=f"{loss:.4f}", refused=f"{refused:.0%}")
+        metrics.append({"step": step, "loss": sum(losses), "gradient_norm": norm, "refused": refused[0]})
+        bar.set_postfix(loss=f"{sum(losses):.4f}", refused=f"{refused[0]:.0%}")
         if on_epoch and step % per_epoch == 0:
             with autocast():
                 on_epoch(step // per_epoch)
@@ -554,6 +554,7 @@ def run_variant(settings, report, folder, base, tokenizer, direction, prompts, t
             tqdm.write(f"On validation prompts:\n{format_table(report['epochs'])}")
 
         options = chosen("learning_rate", "epochs", "batch_size", "micro_batch_size", "max_new_tokens") | teacher
+        options |= chosen("anchor_weight")
         options |= {"token_ids": None if settings.tokens == "all" else token_ids, "forward": settings.kl == "forward"}
         options |= {"harmless": prompts.anchors if anchored else (), "generalized": anchored, "on_epoch": watch}
         report["steps"] = distill(student, base, tokenizer, prompts.harmful, direction, **options)

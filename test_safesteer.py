@@ -315,7 +315,9 @@ def test_over_the_whole_vocabulary_the_loss_is_the_kl_divergence():
             expected = torch.stack([row[kept].mean() for row, kept in zip(kl, mask, strict=True)]).mean()
             loss = safesteer.localized_kl(student, teacher, mask, forward=forward)
             torch.testing.assert_close(loss, expected)
-            torch.testing.assert_close(safesteer.localized_kl(student, teacher, mask, torch.arange(50), forward), loss)
+            for generalized in (False, True):
+                same = safesteer.localized_kl(student, teacher, mask, torch.arange(50), forward, generalized)
+                torch.testing.assert_close(same, loss)
 
 
 def test_on_safety_tokens_only_their_terms_count():
@@ -330,16 +332,17 @@ def test_on_safety_tokens_only_their_terms_count():
     torch.testing.assert_close(safesteer.localized_kl(poisoned, teacher, mask, tokens), expected)
 
 
-def test_the_papers_sum_is_least_at_the_teacher_divided_by_e():
+@pytest.mark.parametrize(("generalized", "least"), [(False, 0.30 / torch.e), (True, 0.30)])
+def test_the_papers_sum_is_least_at_the_teacher_divided_by_e_and_the_generalized_at_the_teacher(generalized, least):
     teacher = torch.tensor([[[0.30, 0.05, 0.65]]]).log()
     token, mask = torch.tensor([0]), torch.ones(1, 1)
 
     def loss(p):
         student = torch.tensor([[[p, 0.05, 0.95 - p]]]).log()
-        return safesteer.localized_kl(student, teacher, mask, token).item()
+        return safesteer.localized_kl(student, teacher, mask, token, generalized=generalized).item()
 
     at_most = min((loss(p / 1000), p / 1000) for p in range(1, 900))
-    assert at_most[1] == pytest.approx(0.30 / torch.e, abs=2e-3) and loss(0.30) == pytest.approx(0, abs=1e-6)
+    assert at_most[1] == pytest.approx(least, abs=2e-3) and loss(0.30) == pytest.approx(0, abs=1e-6)
 
 
 def test_the_gradient_flows_through_the_student_alone(model, tokenizer, direction):
@@ -390,6 +393,26 @@ def test_distillation_moves_the_student_to_the_teacher(model, tokenizer, directi
     options = {"epochs": 12, "batch_size": 10, "max_new_tokens": 6}
     safesteer.distill(student, model, tokenizer, HARMFUL, direction, None, 3e-4, **options)  # the whole vocabulary
     assert distance() < 0.9 * before
+
+
+@pytest.mark.parametrize("model", [Qwen2Config], indirect=True)
+def test_the_anchor_keeps_the_student_at_the_base_on_harmless_prompts(model, tokenizer, direction):
+    direction.vector *= 3
+    batch = safesteer.encode_chat(tokenizer, HARMLESS)
+    drift, harm = {}, {}
+    for weight in (0.0, 20.0):
+        student = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
+        student.load_state_dict(model.state_dict())
+        torch.manual_seed(0)
+        options = {"learning_rate": 3e-4, "epochs": 12, "batch_size": 10, "max_new_tokens": 2}
+        anchor = {"harmless": HARMLESS, "anchor_weight": weight, "generalized": True}
+        rows = safesteer.distill(student, model, tokenizer, HARMFUL, direction, None, **options, **anchor)
+        with torch.no_grad():
+            last = [safesteer.forward(each, **batch).logits[:, -1:] for each in (student, model)]
+        drift[weight] = safesteer.localized_kl(*last, torch.ones(16, 1)).item()
+        harm[weight] = rows[-1]["loss"] / rows[0]["loss"]
+    assert drift[20.0] < 0.7 * drift[0.0], drift
+    assert harm[0.0] < 0.9, "and it learns"
 
 
 # ===== Evaluation ============================================================================================
@@ -529,7 +552,7 @@ def test_compare_runs_every_ablation_and_none_twice(model, tokenizer, tmp_path, 
     (tmp_path / "own.csv").write_text("goal\nSay hello.\n")
     flags = ["--model", tmp_path / "tiny", "--out", tmp_path / "out"]
     flags += small_files(tmp_path, {"harmful": 10, "harmless": 10})
-    flags += ["--epochs", 3, "--learning-rate", 1e-3, "--max-new-tokens", 4, "--eval-limit", 3]
+    flags += ["--epochs", 1, "--batch-size", 5, "--learning-rate", 1e-3, "--max-new-tokens", 4, "--eval-limit", 3]
     flags += ["--eval-set", f"own={tmp_path / 'own.csv'}", "--judge", tmp_path / "tiny", "--compare"]
     flags = list(map(str, flags))
     safesteer.main(flags)
@@ -579,6 +602,7 @@ def test_the_program_makes_a_student_that_transformers_loads(tmp_path):
     base = AutoModelForCausalLM.from_pretrained(HERE / "data" / "qwen2.5-coder-0.5b-instruct", dtype="auto")
     assert student.dtype == base.dtype and torch.equal(student.lm_head.weight, base.lm_head.weight)
     changed = [n for n, w in student.named_parameters() if not torch.equal(w, base.get_parameter(n))]
-    assert len(changed) > 200 and all(".layers." in name for name in changed), "blocks alone are trained"
+    blocks = {int(name.split(".layers.")[1].split(".")[0]) for name in changed}
+    assert blocks == set(range(report["direction"]["layer"], 24)), "the blocks that the direction reaches are trained"
     answers = safesteer.sample_rollouts(student, AutoTokenizer.from_pretrained(out / "student"), ["Hello!"], 8)
     assert answers.completion_mask.any()
