@@ -42,7 +42,7 @@ class Settings:
     harmful: str = HfArg(default=str(DATA / "harmful_train.jsonl"), help="prompts to refuse: direction, training")
     harmless: str = HfArg(default=str(DATA / "harmless_train.jsonl"), help="prompts to answer: every stage")
     borderline: str = HfArg(default=str(DATA / "borderline_train.jsonl"), help="prompts to answer that look harmful")
-    recipe: Literal["anchored", "paper"] = HfArg(default="anchored", help="with our anchor, or as in the paper")
+    recipe: Literal["contrast", "paper"] = HfArg(default="contrast", help="with our contrast, or as in the paper")
     tokens: Literal["safety", "all"] = HfArg(default="safety", help="train on the safety tokens or on all tokens")
     kl: Literal["reverse", "forward"] = HfArg(default="reverse", help="KL(student || teacher) or the other way round")
     teacher: Literal["steered", "prompt"] = HfArg(default="steered", help="steered by d, or told by a system prompt")
@@ -53,9 +53,10 @@ class Settings:
     eval_max_new_tokens: int = HfArg(default=32, help="length of an evaluated answer at most")
     horizon: int = HfArg(default=7, help="H, the tokens of a teacher completion that vote")
     min_prob: float = HfArg(default=1e-8, help="mean teacher probability under which a token is not eligible")
-    anchor_weight: float = HfArg(default=1.5, help="weight of the harmless half of a step")
-    learning_rate: float = HfArg(default=1.5e-5, help="peak learning rate of AdamW")
-    epochs: int = HfArg(default=3, help="passes over the harmful prompts")
+    contrast: float = HfArg(default=0.25, help="how far harmless prompts are steered the other way, in units of d")
+    contrast_weight: float = HfArg(default=0.75, help="weight of the harmless half of a step")
+    learning_rate: float = HfArg(default=3e-5, help="peak learning rate of AdamW")
+    epochs: int = HfArg(default=2, help="passes over the harmful prompts")
     batch_size: int = HfArg(default=16, help="harmful prompts in a training step at most")
     micro_batch_size: int = HfArg(default=4, help="rollouts in one forward pass of training: fewer need less memory")
     max_new_tokens: int = HfArg(default=12, help="length of a rollout at most")
@@ -311,14 +312,14 @@ def localized_kl(student_logits, teacher_logits, mask, token_ids=None, forward=F
 def distill(
     student, teacher, tokenizer, prompts, direction, token_ids, learning_rate=1e-5, epochs=1, batch_size=32,
     micro_batch_size=4, max_new_tokens=512, forward=False, generalized=False, harmless=(),
-    anchor_weight=1.0, coefficient=1.0, system=None, on_epoch=None,
+    contrast=0.25, contrast_weight=0.75, coefficient=1.0, system=None, on_epoch=None,
 ):  # fmt: skip
     """Train the weights of `student` that require a gradient, in place, on its own answers to harmful `prompts`.
     `teacher` is the base, here made the teacher by coefficient * direction and, if given, a system prompt that only it
-    sees. As many of the `harmless` prompts, if given, are drawn for each step and their loss weighs `anchor_weight`:
-    their teacher is the base as it is. `token_ids`, `forward` and `generalized`: localized_kl. AdamW, cosine with 10 %
-    warm-up, gradient norm clipped at 1; float32 weights run under bfloat16 autocast. An epoch is cut into equal steps
-    of at most `batch_size` prompts. Returns a dict of metrics per step."""
+    sees. If `harmless` prompts are given, as many are drawn for each step: their teacher is steered the other way, by
+    -contrast * direction, and their loss weighs `contrast_weight` (ours, see README). `token_ids`, `forward` and
+    `generalized`: localized_kl. AdamW, cosine with 10 % warm-up, gradient norm clipped at 1; float32 weights run under
+    bfloat16 autocast. An epoch is cut into equal steps of at most `batch_size` prompts. Returns metrics per step."""
     weights = [weight for weight in student.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, learning_rate, weight_decay=0.0, fused=True)
     per_epoch = math.ceil(len(prompts) / batch_size)
@@ -330,7 +331,7 @@ def distill(
         halves = [([prompts[i] for i in rows], coefficient, system, 1.0)]
         if harmless:
             drawn = [harmless[i] for i in torch.randperm(len(harmless))[: len(rows)]]
-            halves.append((drawn, 0.0, None, anchor_weight))  # their teacher is the base as it is
+            halves.append((drawn, -contrast, None, contrast_weight))
         losses, refused = [], []
         for texts, strength, told, weight in halves:
             with autocast():
@@ -530,7 +531,7 @@ def run_variant(settings, report, folder, base, tokenizer, direction, prompts, t
     torch.manual_seed(settings.seed)
     write = lambda name, value: (folder / name).write_text(json.dumps(value, indent=1, ensure_ascii=False), "utf-8")
     chosen, teacher = lambda *names: {name: getattr(settings, name) for name in names}, TEACHERS[settings.teacher]
-    anchored, first_trained = settings.recipe == "anchored", 0
+    ours, first_trained = settings.recipe == "contrast", 0
     with timed(report, "2 safety tokens"):
         options = chosen("min_prob", "horizon") | teacher
         token_ids, votes = select_safety_tokens(base, tokenizer, direction, prompts.validation, **options)
@@ -538,7 +539,7 @@ def run_variant(settings, report, folder, base, tokenizer, direction, prompts, t
     write("safety_tokens.json", tokens)
     print("The safety tokens:", *(repr(token["text"]) for token in tokens))
     with timed(report, "3 distillation"):
-        if anchored:  # what we add to the paper: see the README
+        if ours:  # what we add to the paper: see the README
             token_ids = torch.cat([token_ids, refusal_token_ids(tokenizer).to(token_ids)]).unique()
             first_trained = direction.layer
         shared = [*base.get_decoder().layers[:first_trained], base.get_input_embeddings(), base.get_output_embeddings()]
@@ -554,9 +555,9 @@ def run_variant(settings, report, folder, base, tokenizer, direction, prompts, t
             tqdm.write(f"On validation prompts:\n{format_table(report['epochs'])}")
 
         options = chosen("learning_rate", "epochs", "batch_size", "micro_batch_size", "max_new_tokens") | teacher
-        options |= chosen("anchor_weight")
+        options |= chosen("contrast", "contrast_weight")
         options |= {"token_ids": None if settings.tokens == "all" else token_ids, "forward": settings.kl == "forward"}
-        options |= {"harmless": prompts.anchors if anchored else (), "generalized": anchored, "on_epoch": watch}
+        options |= {"harmless": prompts.contrast if ours else (), "generalized": ours, "on_epoch": watch}
         report["steps"] = distill(student, base, tokenizer, prompts.harmful, direction, **options)
         student.to(torch.bfloat16).save_pretrained(folder / "student")
         tokenizer.save_pretrained(folder / "student")
@@ -592,7 +593,7 @@ def main(arguments=None):
     torch.manual_seed(settings.seed)
     shuffled = [harmless[i] for i in torch.randperm(len(harmless))]
     validation, rest = shuffled[: len(shuffled) // 5], shuffled[len(shuffled) // 5 :]  # 32 and 128 of 160
-    prompts = SimpleNamespace(harmful=harmful, validation=validation, anchors=rest + borderline)
+    prompts = SimpleNamespace(harmful=harmful, validation=validation, contrast=rest + borderline)
     base, tokenizer = load_model(settings.model)
     out = Path(settings.out) / Path(settings.model).name
     out.mkdir(parents=True, exist_ok=True)
@@ -607,7 +608,7 @@ def main(arguments=None):
     known, table = {}, {}
     for flags in COMPARED if settings.compare else ("",):
         variant = replace(read_settings([*arguments, *flags.split()]), compare=False)
-        folder = out / "-".join(flags.replace("--recipe", "").replace("--", "").split())  # paper, paper-tokens-all and so on
+        folder = out / "-".join(flags.replace("--recipe", "").replace("--", "").split())
         folder.mkdir(exist_ok=True)
         report, path = {"settings": asdict(variant)} | copy.deepcopy(first), folder / "report.json"
         kept = json.loads(path.read_text("utf-8")) if path.exists() else {}

@@ -405,7 +405,7 @@ def test_the_anchor_keeps_the_student_at_the_base_on_harmless_prompts(model, tok
         student.load_state_dict(model.state_dict())
         torch.manual_seed(0)
         options = {"learning_rate": 3e-4, "epochs": 12, "batch_size": 10, "max_new_tokens": 2}
-        anchor = {"harmless": HARMLESS, "anchor_weight": weight, "generalized": True}
+        anchor = {"harmless": HARMLESS, "contrast": 0.0, "contrast_weight": weight, "generalized": True}
         rows = safesteer.distill(student, model, tokenizer, HARMFUL, direction, None, **options, **anchor)
         with torch.no_grad():
             last = [safesteer.forward(each, **batch).logits[:, -1:] for each in (student, model)]
