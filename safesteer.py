@@ -37,12 +37,12 @@ DATA = Path(__file__).resolve().parent / "data"
 
 @dataclass
 class Settings:
-    """Every setting is a flag: `learning_rate` is --learning-rate. Defaults are our recipe's, see RECIPES."""
+    """Every setting is a flag: `learning_rate` is --learning-rate. Defaults are our recipe's; PAPER has the other's."""
     model: str = HfArg(default=str(DATA / "qwen2.5-coder-0.5b-instruct"), help="chat model, a hub id or a folder")
     harmful: str = HfArg(default=str(DATA / "harmful_train.jsonl"), help="prompts to refuse: direction, training")
     harmless: str = HfArg(default=str(DATA / "harmless_train.jsonl"), help="prompts to answer: every stage")
     borderline: str = HfArg(default=str(DATA / "borderline_train.jsonl"), help="prompts to answer that look harmful")
-    recipe: Literal["contrast", "paper"] = HfArg(default="contrast", help="with our contrast, or as in the paper")
+    recipe: Literal["anchored", "paper"] = HfArg(default="anchored", help="with our anchor, or as in the paper")
     tokens: Literal["safety", "all"] = HfArg(default="safety", help="train on the safety tokens or on all tokens")
     kl: Literal["reverse", "forward"] = HfArg(default="reverse", help="KL(student || teacher) or the other way round")
     teacher: Literal["steered", "prompt"] = HfArg(default="steered", help="steered by d, or told by a system prompt")
@@ -53,10 +53,9 @@ class Settings:
     eval_max_new_tokens: int = HfArg(default=32, help="length of an evaluated answer at most")
     horizon: int = HfArg(default=7, help="H, the tokens of a teacher completion that vote")
     min_prob: float = HfArg(default=1e-8, help="mean teacher probability under which a token is not eligible")
-    contrast: float = HfArg(default=0.25, help="how far harmless prompts are steered the other way, in units of d")
-    contrast_weight: float = HfArg(default=0.75, help="weight of the harmless half of a step")
-    learning_rate: float = HfArg(default=3e-5, help="peak learning rate of AdamW")
-    epochs: int = HfArg(default=2, help="passes over the harmful prompts")
+    anchor_weight: float = HfArg(default=0.5, help="weight of the harmless half of a step")
+    learning_rate: float = HfArg(default=1.5e-5, help="peak learning rate of AdamW")
+    epochs: int = HfArg(default=3, help="passes over the harmful prompts")
     batch_size: int = HfArg(default=16, help="harmful prompts in a training step at most")
     micro_batch_size: int = HfArg(default=4, help="rollouts in one forward pass of training: fewer need less memory")
     max_new_tokens: int = HfArg(default=12, help="length of a rollout at most")
@@ -312,14 +311,14 @@ def localized_kl(student_logits, teacher_logits, mask, token_ids=None, forward=F
 def distill(
     student, teacher, tokenizer, prompts, direction, token_ids, learning_rate=1e-5, epochs=1, batch_size=32,
     micro_batch_size=4, max_new_tokens=512, forward=False, generalized=False, harmless=(),
-    contrast=0.25, contrast_weight=0.75, coefficient=1.0, system=None, on_epoch=None,
+    anchor_weight=0.5, coefficient=1.0, system=None, on_epoch=None,
 ):  # fmt: skip
     """Train the weights of `student` that require a gradient, in place, on its own answers to harmful `prompts`.
     `teacher` is the base, here made the teacher by coefficient * direction and, if given, a system prompt that only it
-    sees. If `harmless` prompts are given, as many are drawn for each step: their teacher is steered the other way, by
-    -contrast * direction, and their loss weighs `contrast_weight` (ours, see README). `token_ids`, `forward` and
-    `generalized`: localized_kl. AdamW, cosine with 10 % warm-up, gradient norm clipped at 1; float32 weights run under
-    bfloat16 autocast. An epoch is cut into equal steps of at most `batch_size` prompts. Returns metrics per step."""
+    sees. If `harmless` prompts are given, as many are drawn for each step: their teacher is the base as it is,
+    and their loss weighs `anchor_weight` (ours, see README). `token_ids`, `forward` and `generalized`: localized_kl.
+    AdamW, cosine with 10 % warm-up, gradient norm clipped at 1; float32 weights run under bfloat16 autocast. An epoch
+    is cut into equal steps of at most `batch_size` prompts. Returns a dict of metrics per step."""
     weights = [weight for weight in student.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, learning_rate, weight_decay=0.0, fused=True)
     per_epoch = math.ceil(len(prompts) / batch_size)
@@ -331,7 +330,7 @@ def distill(
         halves = [([prompts[i] for i in rows], coefficient, system, 1.0)]
         if harmless:
             drawn = [harmless[i] for i in torch.randperm(len(harmless))[: len(rows)]]
-            halves.append((drawn, -contrast, None, contrast_weight))
+            halves.append((drawn, 0.0, None, anchor_weight))
         losses, refused = [], []
         for texts, strength, told, weight in halves:
             with autocast():
@@ -531,7 +530,7 @@ def run_variant(settings, report, folder, base, tokenizer, direction, prompts, t
     torch.manual_seed(settings.seed)
     write = lambda name, value: (folder / name).write_text(json.dumps(value, indent=1, ensure_ascii=False), "utf-8")
     chosen, teacher = lambda *names: {name: getattr(settings, name) for name in names}, TEACHERS[settings.teacher]
-    ours, first_trained = settings.recipe == "contrast", 0
+    ours, first_trained = settings.recipe == "anchored", 0
     with timed(report, "2 safety tokens"):
         options = chosen("min_prob", "horizon") | teacher
         token_ids, votes = select_safety_tokens(base, tokenizer, direction, prompts.validation, **options)
@@ -541,7 +540,7 @@ def run_variant(settings, report, folder, base, tokenizer, direction, prompts, t
     with timed(report, "3 distillation"):
         if ours:  # what we add to the paper: see the README
             token_ids = torch.cat([token_ids, refusal_token_ids(tokenizer).to(token_ids)]).unique()
-            first_trained = direction.layer
+            first_trained = max(0, direction.layer - 2)
         shared = [*base.get_decoder().layers[:first_trained], base.get_input_embeddings(), base.get_output_embeddings()]
         student = copy.deepcopy(base, {id(module): module for module in shared})  # what is not trained stays the base's
         student.get_decoder().layers[first_trained:].float().requires_grad_(True)
@@ -555,9 +554,9 @@ def run_variant(settings, report, folder, base, tokenizer, direction, prompts, t
             tqdm.write(f"On validation prompts:\n{format_table(report['epochs'])}")
 
         options = chosen("learning_rate", "epochs", "batch_size", "micro_batch_size", "max_new_tokens") | teacher
-        options |= chosen("contrast", "contrast_weight")
+        options |= chosen("anchor_weight")
         options |= {"token_ids": None if settings.tokens == "all" else token_ids, "forward": settings.kl == "forward"}
-        options |= {"harmless": prompts.contrast if ours else (), "generalized": ours, "on_epoch": watch}
+        options |= {"harmless": prompts.anchors if ours else (), "generalized": ours, "on_epoch": watch}
         report["steps"] = distill(student, base, tokenizer, prompts.harmful, direction, **options)
         student.to(torch.bfloat16).save_pretrained(folder / "student")
         tokenizer.save_pretrained(folder / "student")
@@ -593,7 +592,7 @@ def main(arguments=None):
     torch.manual_seed(settings.seed)
     shuffled = [harmless[i] for i in torch.randperm(len(harmless))]
     validation, rest = shuffled[: len(shuffled) // 5], shuffled[len(shuffled) // 5 :]  # 32 and 128 of 160
-    prompts = SimpleNamespace(harmful=harmful, validation=validation, contrast=rest + borderline)
+    prompts = SimpleNamespace(harmful=harmful, validation=validation, anchors=rest + borderline)
     base, tokenizer = load_model(settings.model)
     out = Path(settings.out) / Path(settings.model).name
     out.mkdir(parents=True, exist_ok=True)

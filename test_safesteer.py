@@ -405,7 +405,7 @@ def test_the_anchor_keeps_the_student_at_the_base_on_harmless_prompts(model, tok
         student.load_state_dict(model.state_dict())
         torch.manual_seed(0)
         options = {"learning_rate": 3e-4, "epochs": 12, "batch_size": 10, "max_new_tokens": 2}
-        anchor = {"harmless": HARMLESS, "contrast": 0.0, "contrast_weight": weight, "generalized": True}
+        anchor = {"harmless": HARMLESS, "anchor_weight": weight, "generalized": True}
         rows = safesteer.distill(student, model, tokenizer, HARMFUL, direction, None, **options, **anchor)
         with torch.no_grad():
             last = [safesteer.forward(each, **batch).logits[:, -1:] for each in (student, model)]
@@ -603,6 +603,6 @@ def test_the_program_makes_a_student_that_transformers_loads(tmp_path):
     assert student.dtype == base.dtype and torch.equal(student.lm_head.weight, base.lm_head.weight)
     changed = [n for n, w in student.named_parameters() if not torch.equal(w, base.get_parameter(n))]
     blocks = {int(name.split(".layers.")[1].split(".")[0]) for name in changed}
-    assert blocks == set(range(report["direction"]["layer"], 24)), "the blocks that the direction reaches are trained"
+    assert blocks == set(range(report["direction"]["layer"] - 2, 24)), "blocks from two below d up"
     answers = safesteer.sample_rollouts(student, AutoTokenizer.from_pretrained(out / "student"), ["Hello!"], 8)
     assert answers.completion_mask.any()
