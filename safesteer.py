@@ -17,11 +17,12 @@ import re
 import resource
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
+from unittest import mock
 
 import datasets
 import torch
@@ -138,18 +139,17 @@ def refusal_token_ids(tokenizer, openers=("I'm sorry", "I cannot", "I can't", "S
 
 
 @torch.no_grad()
-def refusal_scores(model, tokenizer, prompts, batch_size=32, residuals=None):
+def refusal_scores(model, tokenizer, prompts, batch_size=32, on_states=None):
     """log p(R) - log(1 - p(R)) for the refusal openers R as first answer token, [n] float32: above 0 if p(R) > 1/2.
-    A tensor `residuals` [n, positions, layers, d_model] is filled with the blocks' inputs at the last prompt tokens."""
-    scores, openers, read = torch.empty(len(prompts)), refusal_token_ids(tokenizer), residuals is not None
+    `on_states(rows, states)` is called with the prompts of each batch and its blocks' inputs, [batch, seq, d_model]."""
+    scores, openers, read = torch.empty(len(prompts)), refusal_token_ids(tokenizer), on_states is not None
     for rows, texts in batches(prompts, batch_size):
         output = forward(model, **encode_chat(tokenizer, texts), logits_to_keep=1, output_hidden_states=read)
         logits = output.logits[:, -1].float().cpu()  # [batch, vocab]
         refusal = torch.zeros(logits.shape[-1], dtype=torch.bool).index_fill(0, openers, True)
         scores[rows] = logits[:, refusal].logsumexp(-1) - logits[:, ~refusal].logsumexp(-1)
         if read:
-            hidden = torch.stack([h[:, -residuals.shape[1] :].cpu() for h in output.hidden_states[:-1]], 2)
-            residuals[rows] = hidden.to(residuals.dtype)  # [batch, positions, layers, d_model]
+            on_states(rows, output.hidden_states[:-1])
     return scores
 
 
@@ -161,18 +161,28 @@ def find_refusal_direction(model, tokenizer, harmful, harmless, validation, batc
     two = encode_chat(tokenizer, ["a", "b"])["input_ids"]
     positions = int((two[0] == two[1]).flip(0).cumprod(0).sum())  # the tokens that every prompt ends with
     config, means = model.config.get_text_config(), []  # means: [positions, layers, d_model] twice
+    layers = int(0.8 * config.num_hidden_layers)
     for prompts, sign, verb in ((harmful, 1, "refuses"), (harmless, -1, "answers")):
-        residuals = torch.empty(len(prompts), positions, config.num_hidden_layers, config.hidden_size)
-        kept = sign * refusal_scores(model, tokenizer, prompts, batch_size, residuals) > 0
+        residuals = torch.empty(len(prompts), positions, layers, config.hidden_size)
+
+        def keep(rows, states):
+            residuals[rows] = torch.stack([h[:, -positions:].float().cpu() for h in states[:layers]], 2)
+
+        kept = sign * refusal_scores(model, tokenizer, prompts, batch_size, keep) > 0
         if not kept.any():
             raise ValueError(f"The model {verb} none of the {len(prompts)} prompts that it should: no refusal to find.")
         means.append(residuals[kept].double().mean(0))
     vectors = (means[0] - means[1]).float()
-    scores = torch.full((positions, int(0.8 * config.num_hidden_layers)), -math.inf)
+    trunks = []  # per batch the base's blocks' inputs: what lies below a candidate's block is not computed again
+    unsteered = refusal_scores(model, tokenizer, validation, batch_size, lambda rows, states: trunks.append(states))
+    scores = torch.full((positions, layers), -math.inf)
     for position, layer in (bar := tqdm(scores.isinf().nonzero().tolist(), "1 direction", unit="candidate")):
-        with steer(model, RefusalDirection(vectors[position, layer], layer)):
+        resumed = resume(model, layer, [states[layer] for states in trunks])
+        with resumed, steer(model, RefusalDirection(vectors[position, layer], layer)):
             scores[position, layer] = refusal_scores(model, tokenizer, validation, batch_size).mean()
         bar.set_postfix(best=f"{scores.max():+.2f}")
+    if scores.max() <= unsteered.mean():
+        raise ValueError("No candidate direction makes the model refuse harmless prompts more: it cannot be steered.")
     position, layer = divmod(int(scores.argmax()), scores.shape[1])
     return RefusalDirection(vectors[position, layer].clone(), layer, position - positions, float(scores.max()), scores)
 
@@ -187,6 +197,27 @@ def steer(model, direction, coefficient=1.0):
 
     with model.get_decoder().layers[direction.layer].register_forward_pre_hook(add_direction, with_kwargs=True):
         yield model
+
+
+@contextmanager
+def record(model, layer):
+    """Inside, the inputs of block `layer` before any steering are kept in the list that this yields, for `resume`."""
+    inputs, keep = [], lambda block, args, kwargs: inputs.append(args[0] if args else kwargs["hidden_states"])
+    with model.get_decoder().layers[layer].register_forward_pre_hook(keep, with_kwargs=True, prepend=True):
+        yield inputs
+
+
+@contextmanager
+def resume(model, layer, inputs):
+    """Inside, the blocks below `layer` are skipped: each forward pass gives block `layer` the next of the list `inputs`,
+    [batch, seq, d_model], what the blocks below would give it. Nothing is skipped for layer 0."""
+    blocks, following = model.get_decoder().layers[:layer], iter(inputs)
+    with ExitStack() as stack:
+        for block in blocks:
+            take = lambda hidden_states, *args, **kwargs: next(following)
+            keep = lambda hidden_states, *args, **kwargs: hidden_states
+            stack.enter_context(mock.patch.object(block, "forward", take if block is blocks[0] else keep))
+        yield
 
 
 @dataclass
@@ -282,8 +313,10 @@ def select_safety_tokens(
     for _, texts in tqdm(list(batches(prompts, 8)), "2 safety tokens", unit="batch"):
         with steer(model, direction, coefficient):
             rollouts = sample_rollouts(model, tokenizer, texts * samples, horizon, system=system)
+        with record(model, direction.layer) as trunk:
+            logits, mask = completion_logits(model, rollouts.after(encode_chat(tokenizer, texts * samples)))
+        with resume(model, 0 if system else direction.layer, trunk), steer(model, direction, coefficient):
             teacher_logits.append(completion_logits(model, rollouts)[0])  # [batch, H, vocab]
-        logits, mask = completion_logits(model, rollouts.after(encode_chat(tokenizer, texts * samples)))
         base_logits.append(logits)
         valid.append(mask & (torch.isin(logits.argmax(-1), ends).cumsum(1) == 0))
     words = set(range(len(tokenizer))) - set(tokenizer.all_special_ids) - set(tokenizer.get_added_vocab().values())
@@ -320,6 +353,8 @@ def distill(
     AdamW, cosine with 10 % warm-up, gradient norm clipped at 1; float32 weights run under bfloat16 autocast. An epoch
     is cut into equal steps of at most `batch_size` prompts. Returns a dict of metrics per step."""
     weights = [weight for weight in student.parameters() if weight.requires_grad]
+    trained = [any(weight.requires_grad for weight in block.parameters()) for block in student.get_decoder().layers]
+    layer = 0 if system else min(trained.index(True), direction.layer)  # below it student and teacher are the same
     optimizer = torch.optim.AdamW(weights, learning_rate, weight_decay=0.0, fused=True)
     per_epoch = math.ceil(len(prompts) / batch_size)
     steps = [rows for _ in range(epochs) for rows in torch.randperm(len(prompts)).tensor_split(per_epoch)]
@@ -338,9 +373,9 @@ def distill(
             refused.append(sum(map(is_refusal, rollouts.texts(tokenizer))) / len(texts))
             for part in rollouts.completion_mask.sum(1).argsort().split(micro_batch_size):  # of like length
                 seen = encode_chat(tokenizer, [texts[i] for i in part], told)
-                with torch.no_grad(), steer(teacher, direction, strength):
+                with torch.no_grad(), record(teacher, layer) as trunk, steer(teacher, direction, strength):
                     teacher_logits, mask = completion_logits(teacher, rollouts[part].after(seen))
-                with autocast():
+                with autocast(), resume(student, layer, trunk):
                     student_logits, _ = completion_logits(student, rollouts[part])
                 loss = localized_kl(student_logits, teacher_logits, mask, token_ids, forward, generalized)
                 loss = weight * loss * len(part) / len(texts)
