@@ -11,11 +11,15 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
 import json
 import math
 import re
 import resource
+import shutil
+import signal
 import sys
+import tempfile
 import time
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -28,6 +32,7 @@ import datasets
 import torch
 import transformers
 from matplotlib.figure import Figure
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BatchEncoding, GenerationConfig
@@ -62,6 +67,7 @@ class Settings:
     max_new_tokens: int = HfArg(default=12, help="length of a rollout at most")
     seed: int = HfArg(default=0, help="seed of every random choice")
     out: str = HfArg(default="out", help="results go into a folder in here, named after the model")
+    overwrite: bool = HfArg(default=False, help="replace the results of other settings that are in that folder")
 
 
 FAMILIES = {  # where the paper's settings for a family are not those for Qwen
@@ -83,14 +89,28 @@ COMPARED = "", "--recipe paper", *(f"--recipe paper {x}" for x in ("--tokens all
 # ===== Prompts and chat batches ======================================================================================
 def load_prompts(source, limit=None, columns=("instruction", "prompt", "question", "goal", "text", "Goal", "turns")):
     """Read at most `limit` prompts, a list of str, from a .json, .jsonl, .csv or .parquet file or a hub data set, ID or
-    ID:CONFIG. Takes the first of `columns` that there is, of lists the first item; raises ValueError without one."""
+    ID:CONFIG. Takes the first of `columns` that there is, of lists the first item. Raises ValueError where there is
+    no such file or data set, none of the columns, no row, or a row without a text."""
     kind = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}.get(Path(source).suffix)
-    loaded = datasets.load_dataset(kind, data_files=str(source)) if kind else datasets.load_dataset(*source.split(":"))
-    rows = loaded.get("train") or next(iter(loaded.values()))
-    for column in columns:
-        if column in rows.column_names:
-            return [row if isinstance(row, str) else row[0] for row in rows[column][:limit]]
-    raise ValueError(f"{source} has none of the columns {', '.join(columns)}, but {', '.join(rows.column_names)}.")
+    try:
+        if Path(source).exists() and not kind:
+            raise ValueError("its name ends in none of .json, .jsonl, .csv and .parquet")
+        if str(source).endswith(".jsonl"):  # datasets would not say which line is broken
+            for number, line in enumerate(Path(source).open("rb"), 1):
+                json.loads(line if line.strip() else "{}")
+        parts = (kind, None, None, str(source)) if kind else source.split(":")
+        loaded = datasets.load_dataset(*parts)
+        rows = loaded.get("train") or next(iter(loaded.values()))
+        column = next((name for name in columns if name in rows.column_names), f"one of {', '.join(columns)}")
+        texts = [row[0] if isinstance(row, list) and row else row for row in rows[column]]
+        for row, text in enumerate(texts or [""], 1):
+            if not isinstance(text, str) or not text.strip():
+                raise ValueError(f"row {row} has no text as {column}")
+    except Exception as error:  # of any library that reads the format or asks the hub
+        broken = isinstance(error, json.JSONDecodeError) and str(source).endswith(".jsonl")
+        reason = f"line {number} is no valid JSON" if broken else error.__cause__ or error
+        raise ValueError(f"No prompts can be read from {source}: {str(reason).partition(chr(10))[0]}.") from error
+    return texts[:limit]
 
 
 def encode_chat(tokenizer, prompts, system=None, answers=None):
@@ -209,8 +229,8 @@ def record(model, layer):
 
 @contextmanager
 def resume(model, layer, inputs):
-    """Inside, the blocks below `layer` are skipped: each forward pass gives block `layer` the next of the list `inputs`,
-    [batch, seq, d_model], what the blocks below would give it. Nothing is skipped for layer 0."""
+    """Inside, the blocks below `layer` are skipped: each forward pass gives block `layer` the next of the list
+    `inputs`, [batch, seq, d_model], which the blocks below would compute. Nothing is skipped for layer 0."""
     blocks, following = model.get_decoder().layers[:layer], iter(inputs)
     with ExitStack() as stack:
         for block in blocks:
@@ -351,7 +371,8 @@ def distill(
     sees. If `harmless` prompts are given, as many are drawn for each step: their teacher is the base as it is,
     and their loss weighs `anchor_weight` (ours, see README). `token_ids`, `forward` and `generalized`: localized_kl.
     AdamW, cosine with 10 % warm-up, gradient norm clipped at 1; float32 weights run under bfloat16 autocast. An epoch
-    is cut into equal steps of at most `batch_size` prompts. Returns a dict of metrics per step."""
+    is cut into equal steps of at most `batch_size` prompts. Returns a dict of metrics per step. A loss or gradient that
+    is not finite raises FloatingPointError and leaves the student as the step before did."""
     weights = [weight for weight in student.parameters() if weight.requires_grad]
     trained = [any(weight.requires_grad for weight in block.parameters()) for block in student.get_decoder().layers]
     layer = 0 if system else min(trained.index(True), direction.layer)  # below it student and teacher are the same
@@ -382,6 +403,8 @@ def distill(
                 loss.backward()
                 losses.append(loss.item())
         norm = torch.nn.utils.clip_grad_norm_(weights, 1.0).item()
+        if not math.isfinite(sum(losses) + norm):
+            raise FloatingPointError(f"Step {step}: loss {sum(losses)}, gradient {norm}. Try a lower --learning-rate.")
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
@@ -518,24 +541,46 @@ def draw_tradeoff(rows, path):
 
 def read_settings(arguments=None):
     """The command line as Settings: defaults, over them those of the model's family and the recipe, over both flags."""
-    parser = HfArgumentParser(Settings, description=__doc__.splitlines()[0])
+    def fail(message):
+        raise ValueError(message)
+
+    parser = HfArgumentParser(Settings, description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.error = fail
     given = parser.parse_args(arguments)
+    for name, value in vars(given).items():
+        zero, most = name in ("seed", "anchor_weight", "min_prob"), 1 if name == "min_prob" else 2**63
+        if type(value) in (int, float) and not (value == 0 and zero or 0 < value < most):
+            fail(f"--{name.replace('_', '-')} {value} is out of range.")
     model = Path(given.model)
     if str(model) == Settings.model and not model.exists():
-        raise OSError("The small model is not there yet: run python data/prepare.py, or name a model with --model.")
-    family = model.name if model.name in PAPER else AutoConfig.from_pretrained(str(model)).model_type
+        fail("The small model is not there yet: run python data/prepare.py, or name a model with --model.")
+    for name in filter(None, (given.judge, str(model))):
+        try:
+            kind = AutoConfig.from_pretrained(name).model_type
+        except (OSError, ValueError) as error:
+            fail(f"No model can be loaded from {name}: {str(error).splitlines()[0]}")
+    family = model.name if model.name in PAPER else kind
     recipe = PAPER["default"] | PAPER.get(family, {}) if given.recipe == "paper" else {}
     parser.set_defaults(**FAMILIES.get(family, {}), **recipe)
     return parser.parse_args_into_dataclasses(arguments)[0]
 
 
 def load_model(name):
-    """A frozen model in bfloat16 and its tokenizer."""
+    """A frozen model in bfloat16 and its tokenizer; raises OSError or ValueError if the stages can't work with it."""
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16, device_map=device).requires_grad_(False)
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    if not tokenizer.chat_template:
+        raise ValueError(f"The tokenizer of {name} has no chat template: take a model that was trained to chat.")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16, device_map=device)
+    except SafetensorError as error:
+        raise ValueError(f"The weights of {name} cannot be read: {error}") from error
+    if not hasattr(model.get_decoder(), "layers"):
+        raise ValueError(f"The decoder blocks of {name} are not where they are looked for, in get_decoder().layers.")
+    model.requires_grad_(False)
     # For an input that is a slice of a batch, as in prefill, a frozen head would be copied once per sequence.
     model.get_output_embeddings().register_forward_pre_hook(lambda head, args: (args[0].contiguous(),))
-    return model, AutoTokenizer.from_pretrained(name)
+    return model, tokenizer
 
 
 def load_sets(split, limit=None, given=()):
@@ -546,7 +591,10 @@ def load_sets(split, limit=None, given=()):
         raise ValueError(f"--eval-set takes NAME=FILE_OR_ID, not {wrong[0]}.")
     sources |= dict(text.split("=", 1) for text in given)
     solutions = {"capability": load_prompts(sources["capability"], limit, ("answer",))}
-    return {name: load_prompts(source, limit) for name, source in sources.items()}, solutions
+    sets = {name: load_prompts(source, limit) for name, source in sources.items()}
+    if limit and limit > (most := max(map(len, sets.values()))):
+        raise ValueError(f"--eval-limit {limit} asks for more than there are: the largest set has {most} prompts.")
+    return sets, solutions
 
 
 @contextmanager
@@ -557,6 +605,17 @@ def timed(report, stage):
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # in bytes
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak
     report["stages"][stage] = {"seconds": round(time.time() - start), "peak_memory_gb": round(peak / 1e9, 1)}
+
+
+@contextmanager
+def replaced(folder):
+    """A new folder to write into, which takes the place of `folder` once all is written, and goes if that fails."""
+    with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=folder.parent) as unfinished:
+        new, old = Path(unfinished) / "new", Path(unfinished) / "old"
+        yield new
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
 
 
 def run_variant(settings, report, folder, base, tokenizer, direction, prompts, tests, known):
@@ -593,8 +652,9 @@ def run_variant(settings, report, folder, base, tokenizer, direction, prompts, t
         options |= {"token_ids": None if settings.tokens == "all" else token_ids, "forward": settings.kl == "forward"}
         options |= {"harmless": prompts.anchors if ours else (), "generalized": ours, "on_epoch": watch}
         report["steps"] = distill(student, base, tokenizer, prompts.harmful, direction, **options)
-        student.to(torch.bfloat16).save_pretrained(folder / "student")
-        tokenizer.save_pretrained(folder / "student")
+        with replaced(folder / "student") as unfinished:
+            student.to(torch.bfloat16).save_pretrained(unfinished)
+            tokenizer.save_pretrained(unfinished)
     with timed(report, "4 evaluation"):
         guard = load_model(settings.judge) if settings.judge else None
         options = {"guard": guard, "max_new_tokens": settings.eval_max_new_tokens}
@@ -609,46 +669,76 @@ def run_variant(settings, report, folder, base, tokenizer, direction, prompts, t
     panels = curves.plot(subplots=True, style="ko-", title=["loss", "share of rollouts that refuse"], legend=False)
     panels[0].figure.savefig(folder / "training.png")
     draw_shift({name: result.states for name, result in found.items()}, folder / "representation_shift.png")
-    write("report.json", report)
     rows = [{"set": name, "prompt": prompt} for name, prompts in tests[0].items() for prompt in prompts]
     for name, result in found.items():
         rows = [row | {name: text} for row, text in zip(rows, sum(result.answers.values(), []), strict=True)]
     datasets.Dataset.from_list(rows).to_json(folder / "completions.jsonl", force_ascii=False)
+    write("report.json", report)
     for row in rows[:: len(rows) // 8 or 1]:
         print("", *(f"{name:8} {text[:100]!r}" for name, text in row.items() if name != "set"), sep="\n")
+
+
+def load_data(settings):
+    """All prompts, for training and validation and as test sets with their answers; duplicates and test prompts that
+    are trained on are dropped, and said so."""
+    harmful, harmless, borderline = map(load_prompts, (settings.harmful, settings.harmless, settings.borderline))
+    sets, solutions = load_sets("test", settings.eval_limit, settings.eval_set)
+    trained, dropped = set(), 0
+    train = {"--harmful": harmful, "--harmless": harmless, "--borderline": borderline}
+    for name, prompts in (train | sets).items():
+        seen = set(trained) if name in sets else trained  # a prompt may stand in several test sets
+        fresh = [prompt not in seen and not seen.add(prompt) for prompt in prompts]
+        for texts in (prompts, solutions.get(name, [])):
+            texts[:] = itertools.compress(texts, fresh)
+        dropped += fresh.count(False)
+        if not prompts:
+            raise ValueError(f"Nothing is left of {name}: every prompt of it stands in a training file.")
+    if dropped:
+        print(f"Dropped {dropped} prompts: duplicates, and test prompts that stand in a training file.")
+    torch.manual_seed(settings.seed)
+    shuffled = [harmless[i] for i in torch.randperm(len(harmless))]
+    held_out = math.ceil(len(shuffled) / 5)  # 32 of 160
+    prompts = {"harmful": harmful, "validation": shuffled[:held_out], "harmless": shuffled[held_out:]}
+    return SimpleNamespace(**prompts, anchors=shuffled[held_out:] + borderline), (sets, solutions)
 
 
 def main(arguments=None):
     """Run the stages in the paper's order, write what each finds into out/<model>/ and print the table."""
     arguments = sys.argv[1:] if arguments is None else arguments
     settings = read_settings(arguments)
-    harmful, harmless = load_prompts(settings.harmful), load_prompts(settings.harmless)
-    borderline, tests = load_prompts(settings.borderline), load_sets("test", settings.eval_limit, settings.eval_set)
-    torch.manual_seed(settings.seed)
-    shuffled = [harmless[i] for i in torch.randperm(len(harmless))]
-    validation, rest = shuffled[: len(shuffled) // 5], shuffled[len(shuffled) // 5 :]  # 32 and 128 of 160
-    prompts = SimpleNamespace(harmful=harmful, validation=validation, anchors=rest + borderline)
-    base, tokenizer = load_model(settings.model)
-    out = Path(settings.out) / Path(settings.model).name
-    out.mkdir(parents=True, exist_ok=True)
-    first = {"versions": {"torch": torch.__version__, "transformers": transformers.__version__}, "stages": {}}
-    with timed(first, "1 direction"):
-        direction = find_refusal_direction(base, tokenizer, harmful, rest, validation)
-    found = {"layer": direction.layer, "position": direction.position, "score": direction.score}
-    tensors = {"vector": direction.vector, "scores": direction.scores}
-    save_file(tensors, out / "direction.safetensors", metadata={name: str(value) for name, value in found.items()})
-    print(f"The direction: {found}")
-    first |= {"direction": found, "data": hashlib.sha256(repr((vars(prompts), tests)).encode()).hexdigest()}
-    known, table = {}, {}
+    out = Path(settings.out) / Path(settings.model).resolve().name
+    if not settings.overwrite and any(out.glob("[!.]*")) and not (out / "direction.safetensors").exists():
+        raise ValueError(f"{out} holds files that are not from here: name another folder with --out, or --overwrite.")
+    prompts, tests = load_data(settings)
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    digest = hashlib.sha256(repr((vars(prompts), tests)).encode()).hexdigest()
+    first, reports = {"versions": versions, "data": digest, "stages": {}}, {}
     for flags in COMPARED if settings.compare else ("",):
-        variant = replace(read_settings([*arguments, *flags.split()]), compare=False)
         folder = out / "-".join(flags.replace("--recipe", "").replace("--", "").split())
+        variant = replace(read_settings([*arguments, *flags.split()]), compare=False, overwrite=False)
+        report, path = {"settings": asdict(variant)} | first, folder / "report.json"
+        kept = json.loads(path.read_text("utf-8")) if path.exists() and not settings.overwrite else {}
+        if kept and any(kept.get(key) != report[key] for key in ("settings", "versions", "data")):
+            raise ValueError(f"{folder} holds the results of other settings: take another --out, or --overwrite.")
+        reports[folder] = variant, kept
+    if not all(kept for _, kept in reports.values()):
+        base, tokenizer = load_model(settings.model)
+        out.mkdir(parents=True, exist_ok=True)
+        if shutil.disk_usage(out).free < (needed := 2 * sum(weight.numel() for weight in base.parameters())):
+            raise ValueError(f"The disk of {out} has less than the {needed / 1e9:.1f} GB that the student needs.")
+        with timed(first, "1 direction"):
+            direction = find_refusal_direction(base, tokenizer, prompts.harmful, prompts.harmless, prompts.validation)
+        found = {"layer": direction.layer, "position": direction.position, "score": direction.score}
+        tensors = {"vector": direction.vector, "scores": direction.scores}
+        save_file(tensors, out / "direction.safetensors", metadata={name: str(value) for name, value in found.items()})
+        print(f"The direction: {found}")
+        first["direction"] = found
+    known, table = {}, {}
+    for folder, (variant, report) in reports.items():
         folder.mkdir(exist_ok=True)
-        report, path = {"settings": asdict(variant)} | copy.deepcopy(first), folder / "report.json"
-        kept = json.loads(path.read_text("utf-8")) if path.exists() else {}
-        if settings.compare and all(kept.get(key) == report[key] for key in ("settings", "versions", "data")):
-            report = kept
-        else:
+        if not report:
+            (folder / "report.json").unlink(missing_ok=True)  # it comes last: with it, a variant is whole
+            report = {"settings": asdict(variant)} | copy.deepcopy(first)
             run_variant(variant, report, folder, base, tokenizer, direction, prompts, tests, known)
         results, teacher = report["evaluation"], "teacher" if variant.teacher == "steered" else "prompted teacher"
         table |= {"base": results["base"], teacher: results["teacher"]}
@@ -659,7 +749,14 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    code, message = 2, "out of memory: lower --micro-batch-size or --max-new-tokens, or take a smaller model"
     try:
-        main()
-    except (OSError, ValueError) as error:
-        sys.exit(print(f"safesteer.py: {error}", file=sys.stderr) or 2)
+        sys.exit(main())
+    except KeyboardInterrupt:
+        code, message = 130, "interrupted: what was finished is kept, and a folder student/ is always a whole student"
+    except (MemoryError, torch.OutOfMemoryError):
+        pass
+    except (OSError, ValueError, FloatingPointError, SafetensorError) as error:
+        message = str(error).splitlines()[0]
+    sys.exit(print(f"safesteer.py: {message}", file=sys.stderr) or code)

@@ -1,9 +1,11 @@
 """Claims about SafeSteer, on tiny random models of three families, and one run of the real program: pytest"""
 import csv
 import json
+import signal
 import subprocess
 import sys
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -121,10 +123,29 @@ def test_of_a_conversation_the_first_turn_is_the_prompt(tmp_path):
     assert safesteer.load_prompts(tmp_path / "a.jsonl") == ["Hello"]
 
 
-def test_a_file_without_prompts_is_refused(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"answer": "yes"}\n')
-    with pytest.raises(ValueError, match="none of the columns instruction"):
-        safesteer.load_prompts(tmp_path / "a.jsonl")
+@pytest.mark.parametrize(
+    ("name", "content", "complaint"),
+    [
+        ("a.jsonl", '{"answer": "yes"}\n', "one of instruction, prompt"),
+        ("a.jsonl", '{"instruction": "Hi"}\n{"instruction": \n', "line 2 is no valid JSON"),
+        ("a.jsonl", '{"instruction": "Hi"}\n{"category": "x"}\n', "row 2 has no text as instruction"),
+        ("a.jsonl", '{"instruction": "Hi"}\n{"instruction": " "}\n', "row 2 has no text as instruction"),
+        ("a.jsonl", '{"instruction": 5}\n', "row 1 has no text as instruction"),
+        ("a.jsonl", '{"turns": []}\n', "row 1 has no text as turns"),
+        ("a.jsonl", "", "a.jsonl"),
+        ("a.json", "[]", "a.json"),
+        ("a.csv", "", "a.csv"),
+        ("a.csv", "goal\n", "a.csv"),
+        ("a.parquet", "nonsense", "a.parquet"),
+        ("a.jsonl", None, "No such file"),
+    ],
+)
+def test_a_file_without_prompts_is_refused_in_one_sentence(tmp_path, name, content, complaint):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=complaint) as caught:
+        safesteer.load_prompts(tmp_path / name)
+    assert len(str(caught.value).splitlines()) == 1 and name in str(caught.value)
 
 
 def test_a_chat_is_padded_on_the_left_and_knows_neither_the_day_nor_thinking(tokenizer):
@@ -203,6 +224,23 @@ def test_the_hook_adds_d_at_every_position_in_prefill_and_decoding(model, tokeni
         pass_and_record()
     for base, steered in zip(seen[:2], seen[2:], strict=True):
         torch.testing.assert_close(steered - base, (0.5 * direction.vector).expand_as(base), atol=1e-5, rtol=1e-5)
+
+
+def test_a_direction_that_changes_nothing_is_not_taken(model, tokenizer, monkeypatch):
+    monkeypatch.setattr(safesteer, "steer", lambda *_: nullcontext())
+    with pytest.raises(ValueError, match="cannot be steered"):
+        safesteer.find_refusal_direction(model, tokenizer, HARMFUL, HARMLESS, HARMLESS)
+
+
+@torch.no_grad()
+def test_resuming_at_a_block_gives_what_the_whole_model_gives(model, tokenizer, direction):
+    batch = safesteer.encode_chat(tokenizer, HARMLESS)
+    with safesteer.record(model, direction.layer) as trunk, safesteer.steer(model, direction):
+        whole = safesteer.forward(model, **batch).logits
+    model.get_decoder().layers[0].mlp.down_proj.weight.fill_(torch.nan)  # the skipped blocks are not run
+    with safesteer.resume(model, direction.layer, trunk), safesteer.steer(model, direction):
+        assert torch.equal(whole, safesteer.forward(model, **batch).logits)
+    assert safesteer.forward(model, **batch).logits.isnan().all(), "and are back afterwards"
 
 
 def test_steering_leaves_the_model_as_it_was_also_after_an_exception(model, tokenizer, direction):
@@ -376,6 +414,15 @@ def test_the_student_learns_and_the_teacher_does_not(model, tokenizer, direction
     assert torch.equal(student.lm_head.weight, again.lm_head.weight)
 
 
+def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(model, tokenizer, direction):
+    student = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
+    student.load_state_dict(model.state_dict())
+    direction.vector[3] = torch.inf
+    with pytest.raises(FloatingPointError, match="Step 1"):
+        safesteer.distill(student, model, tokenizer, HARMFUL, direction, None, max_new_tokens=4)
+    assert all(torch.equal(weight, student.state_dict()[name]) for name, weight in model.state_dict().items())
+
+
 def test_distillation_moves_the_student_to_the_teacher(model, tokenizer, direction):
     student = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
     student.load_state_dict(model.state_dict())
@@ -531,10 +578,72 @@ def test_completions_can_be_put_after_other_prompts(model, tokenizer):
 # ===== The program ===========================================================================================
 
 
-def test_without_a_model_one_sentence_says_what_to_do(tmp_path):
-    command = [sys.executable, HERE / "safesteer.py", "--harmful", tmp_path / "missing.jsonl"]
-    run = subprocess.run([*command, "--out", tmp_path], capture_output=True, text=True)
-    assert run.returncode == 2 and "missing.jsonl" in run.stderr and "Traceback" not in run.stderr
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        ("--harmful missing.jsonl", "missing.jsonl"),
+        ("--model nowhere/nothing", "nowhere/nothing"),
+        ("--epochs 0", "--epochs 0 is out of range"),
+        ("--learning-rate -1", "--learning-rate -1.0 is out of range"),
+        ("--learning-rate nan", "--learning-rate nan is out of range"),
+        ("--min-prob 1", "--min-prob 1.0 is out of range"),
+        ("--epochs many", "--epochs"),
+        ("--recipe other", "--recipe"),
+        ("--epoch 3", "--epoch"),
+        ("--eval-limit 1000", "more than there are"),
+        ("--eval-set prompts.csv", "NAME=FILE_OR_ID"),
+    ],
+)
+def test_a_wrong_input_costs_one_sentence(tmp_path, monkeypatch, flags, complaint):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    command = [sys.executable, HERE / "safesteer.py", *flags.split(), "--out", tmp_path / "out"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    lines = [line for line in run.stderr.splitlines() if line.startswith("safesteer.py: ")]
+    assert run.returncode == 2 and complaint in lines[-1] and "Traceback" not in run.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_somebody_else_is_not_written_to(tmp_path):
+    folder = tmp_path / "qwen2.5-coder-0.5b-instruct"
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match="not from here"):
+        safesteer.main(["--out", str(tmp_path)])
+    assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
+
+
+def test_an_interrupted_run_says_so_and_leaves_what_was_there(tmp_path):
+    (tmp_path / "student").mkdir()
+    (tmp_path / "student" / "weights").write_text("old")
+    with pytest.raises(KeyboardInterrupt), safesteer.replaced(tmp_path / "student") as unfinished:
+        unfinished.mkdir()
+        (unfinished / "weights").write_text("half")
+        raise KeyboardInterrupt
+    assert [path.name for path in tmp_path.iterdir()] == ["student"]
+    assert (tmp_path / "student" / "weights").read_text() == "old"
+    with safesteer.replaced(tmp_path / "student") as unfinished:
+        unfinished.mkdir()
+        (unfinished / "weights").write_text("new")
+    assert [path.name for path in tmp_path.iterdir()] == ["student"]
+    assert (tmp_path / "student" / "weights").read_text() == "new"
+    run = subprocess.Popen([sys.executable, HERE / "safesteer.py", "--out", tmp_path / "out"], stderr=subprocess.PIPE)
+    said = b""
+    while b"1 direction" not in said:
+        assert (more := run.stderr.read1()), said
+        said += more
+    run.send_signal(signal.SIGTERM)
+    assert "interrupted" in run.communicate()[1].decode().splitlines()[-1] and run.returncode == 130
+
+
+def test_prompts_that_stand_twice_or_are_trained_on_are_dropped(tmp_path, capsys):
+    strides = {"harmful": 10, "harmless": 10, "borderline": 10}
+    flags = list(map(str, small_files(tmp_path, strides)))
+    own = HARMFUL[:2] + ["Say hello.", "Say hello."]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps({"instruction": text}) + "\n" for text in own))
+    settings = safesteer.read_settings([*flags, "--eval-set", f"own={tmp_path / 'own.jsonl'}"])
+    prompts, (sets, solutions) = safesteer.load_data(settings)
+    assert "Dropped 3 prompts" in capsys.readouterr().out and sets["own"] == ["Say hello."]
+    assert len(sets["capability"]) == len(solutions["capability"]) == 100 and len(prompts.harmful) == 10
 
 
 def small_files(folder, strides):
