@@ -592,8 +592,8 @@ def load_sets(split, limit=None, given=()):
     sources |= dict(text.split("=", 1) for text in given)
     solutions = {"capability": load_prompts(sources["capability"], limit, ("answer",))}
     sets = {name: load_prompts(source, limit) for name, source in sources.items()}
-    if limit and limit > (most := max(map(len, sets.values()))):
-        raise ValueError(f"--eval-limit {limit} asks for more than there are: the largest set has {most} prompts.")
+    if limit and limit > (most := max(100, *map(len, sets.values()))):
+        raise ValueError(f"--eval-limit {limit} asks for more than there are: no test set has over {most} prompts.")
     return sets, solutions
 
 
@@ -622,7 +622,11 @@ def run_variant(settings, report, folder, base, tokenizer, direction, prompts, t
     """Stages 2 and 3 and the evaluation of one variant, written into `folder` and `report`. `prompts` are those of
     training and validation; `known` holds what `evaluate` found of base and teachers, for the other variants."""
     torch.manual_seed(settings.seed)
-    write = lambda name, value: (folder / name).write_text(json.dumps(value, indent=1, ensure_ascii=False), "utf-8")
+
+    def write(name, value):
+        (folder / f".{name}").write_text(json.dumps(value, indent=1, ensure_ascii=False), "utf-8")
+        (folder / f".{name}").replace(folder / name)
+
     chosen, teacher = lambda *names: {name: getattr(settings, name) for name in names}, TEACHERS[settings.teacher]
     ours, first_trained = settings.recipe == "anchored", 0
     with timed(report, "2 safety tokens"):
@@ -647,8 +651,8 @@ def run_variant(settings, report, folder, base, tokenizer, direction, prompts, t
             report["epochs"][f"epoch {epoch}"] = found.metrics
             tqdm.write(f"On validation prompts:\n{format_table(report['epochs'])}")
 
-        options = chosen("learning_rate", "epochs", "batch_size", "micro_batch_size", "max_new_tokens") | teacher
-        options |= chosen("anchor_weight")
+        numbers = "learning_rate", "epochs", "batch_size", "micro_batch_size", "max_new_tokens", "anchor_weight"
+        options = chosen(*numbers) | teacher
         options |= {"token_ids": None if settings.tokens == "all" else token_ids, "forward": settings.kl == "forward"}
         options |= {"harmless": prompts.anchors if ours else (), "generalized": ours, "on_epoch": watch}
         report["steps"] = distill(student, base, tokenizer, prompts.harmful, direction, **options)
@@ -724,6 +728,8 @@ def main(arguments=None):
     if not all(kept for _, kept in reports.values()):
         base, tokenizer = load_model(settings.model)
         out.mkdir(parents=True, exist_ok=True)
+        for leftover in out.glob("**/.unfinished-*"):  # of a run that was killed
+            shutil.rmtree(leftover)
         if shutil.disk_usage(out).free < (needed := 2 * sum(weight.numel() for weight in base.parameters())):
             raise ValueError(f"The disk of {out} has less than the {needed / 1e9:.1f} GB that the student needs.")
         with timed(first, "1 direction"):
