@@ -607,6 +607,13 @@ def timed(report, stage):
     report["stages"][stage] = {"seconds": round(time.time() - start), "peak_memory_gb": round(peak / 1e9, 1)}
 
 
+def write_json(path, value):
+    """Write the file under another name and then move it: it is there as a whole or not at all."""
+    unfinished = path.with_name(f".{path.name}")
+    unfinished.write_text(json.dumps(value, indent=1, ensure_ascii=False), "utf-8")
+    unfinished.replace(path)
+
+
 @contextmanager
 def replaced(folder):
     """A new folder to write into, which takes the place of `folder` once all is written, and goes if that fails."""
@@ -622,18 +629,13 @@ def run_variant(settings, report, folder, base, tokenizer, direction, prompts, t
     """Stages 2 and 3 and the evaluation of one variant, written into `folder` and `report`. `prompts` are those of
     training and validation; `known` holds what `evaluate` found of base and teachers, for the other variants."""
     torch.manual_seed(settings.seed)
-
-    def write(name, value):
-        (folder / f".{name}").write_text(json.dumps(value, indent=1, ensure_ascii=False), "utf-8")
-        (folder / f".{name}").replace(folder / name)
-
     chosen, teacher = lambda *names: {name: getattr(settings, name) for name in names}, TEACHERS[settings.teacher]
     ours, first_trained = settings.recipe == "anchored", 0
     with timed(report, "2 safety tokens"):
         options = chosen("min_prob", "horizon") | teacher
         token_ids, votes = select_safety_tokens(base, tokenizer, direction, prompts.validation, **options)
     tokens = [{"id": i, "text": tokenizer.decode([i]), "votes": v} for i, v in zip(token_ids.tolist(), votes.tolist())]
-    write("safety_tokens.json", tokens)
+    write_json(folder / "safety_tokens.json", tokens)
     print("The safety tokens:", *(repr(token["text"]) for token in tokens))
     with timed(report, "3 distillation"):
         if ours:  # what we add to the paper: see the README
@@ -677,7 +679,7 @@ def run_variant(settings, report, folder, base, tokenizer, direction, prompts, t
     for name, result in found.items():
         rows = [row | {name: text} for row, text in zip(rows, sum(result.answers.values(), []), strict=True)]
     datasets.Dataset.from_list(rows).to_json(folder / "completions.jsonl", force_ascii=False)
-    write("report.json", report)
+    write_json(folder / "report.json", report)
     for row in rows[:: len(rows) // 8 or 1]:
         print("", *(f"{name:8} {text[:100]!r}" for name, text in row.items() if name != "set"), sep="\n")
 
