@@ -31,8 +31,10 @@ from unittest import mock
 import datasets
 import torch
 import transformers
+from jinja2 import TemplateError
 from matplotlib.figure import Figure
-from safetensors import SafetensorError
+from peft import LoraConfig, PeftModel
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BatchEncoding, GenerationConfig
@@ -65,6 +67,8 @@ class Settings:
     batch_size: int = HfArg(default=16, help="harmful prompts in a training step at most")
     micro_batch_size: int = HfArg(default=4, help="rollouts in one forward pass of training: fewer need less memory")
     max_new_tokens: int = HfArg(default=12, help="length of a rollout at most")
+    lora: int = HfArg(default=0, help="rank of adapters to train on one frozen model instead of a copy of it")
+    device_map: str = HfArg(default="", help="auto spreads a model that is larger than one GPU")
     seed: int = HfArg(default=0, help="seed of every random choice")
     out: str = HfArg(default="out", help="results go into a folder in here, named after the model")
     overwrite: bool = HfArg(default=False, help="replace the results of other settings that are in that folder")
@@ -78,6 +82,7 @@ PAPER = {  # its training settings; for the small model, ours for its recipe on 
     "llama": {"learning_rate": 1e-6},
     "qwen2.5-coder-0.5b-instruct": {"epochs": 2, "max_new_tokens": 64, "micro_batch_size": 2},
 }
+LORA_RATE = 2e-4  # learning rate of adapters
 TEACHERS = {  # how the base becomes the teacher: `coefficient` times the direction, or a system prompt and no direction
     "steered": {"coefficient": 1.0, "system": None},
     "prompt": {"coefficient": 0.0, "system": "You are a careful assistant. Decline in one sentence every request that "
@@ -122,7 +127,12 @@ def encode_chat(tokenizer, prompts, system=None, answers=None):
     chats = [[{"role": role, "content": text} for role, text in zip(roles, turn) if text is not None] for turn in turns]
     template = "{% macro strftime_now(style) %}26 Jul 2024{% endmacro %}" + tokenizer.get_chat_template()
     options = {"chat_template": template, "add_generation_prompt": True, "enable_thinking": False}
-    texts = tokenizer.apply_chat_template(chats, tokenize=False, **options)
+    try:
+        texts = tokenizer.apply_chat_template(chats, tokenize=False, **options)
+    except TemplateError:  # of templates that know no system turn: say it in front of the prompt
+        if system is None:
+            raise
+        return encode_chat(tokenizer, [f"{system}\n\n{prompt}" for prompt in prompts], None, answers)
     rows = [torch.tensor(ids) for ids in tokenizer(texts, add_special_tokens=False).input_ids]
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1, padding_side="left")
@@ -217,6 +227,19 @@ def steer(model, direction, coefficient=1.0):
 
     with model.get_decoder().layers[direction.layer].register_forward_pre_hook(add_direction, with_kwargs=True):
         yield model
+
+
+@contextmanager
+def adapters_off(model):
+    """Inside, a model with LoRA adapters is the model that they were put on; one without is as it is."""
+    lora = getattr(model, "_hf_peft_config_loaded", False)
+    if lora:
+        model.disable_adapters()
+    try:
+        yield model
+    finally:
+        if lora:
+            model.enable_adapters()
 
 
 @contextmanager
@@ -358,6 +381,7 @@ def localized_kl(student_logits, teacher_logits, mask, token_ids=None, forward=F
     log_p, log_q = p.float() - p_norm, q.float() - q_norm
     terms = log_p.exp() * (log_p - log_q)  # [n, completion, K]
     divergence = (terms + log_q.exp() - log_p.exp() if generalized else terms).sum(-1)  # [n, completion]
+    mask = mask.to(divergence.device)
     return ((divergence * mask).sum(-1) / mask.sum(-1)).mean()
 
 
@@ -368,11 +392,12 @@ def distill(
 ):  # fmt: skip
     """Train the weights of `student` that require a gradient, in place, on its own answers to harmful `prompts`.
     `teacher` is the base, here made the teacher by coefficient * direction and, if given, a system prompt that only it
-    sees. If `harmless` prompts are given, as many are drawn for each step: their teacher is the base as it is,
-    and their loss weighs `anchor_weight` (ours, see README). `token_ids`, `forward` and `generalized`: localized_kl.
-    AdamW, cosine with 10 % warm-up, gradient norm clipped at 1; float32 weights run under bfloat16 autocast. An epoch
-    is cut into equal steps of at most `batch_size` prompts. Returns a dict of metrics per step. A loss or gradient that
-    is not finite raises FloatingPointError and leaves the student as the step before did."""
+    sees; a student with LoRA adapters is its own base, give it as both. If `harmless` prompts are given, as many as
+    harmful ones join each step: their teacher is the base as it is, and their loss weighs `anchor_weight` (ours, see
+    README). `token_ids`, `forward` and `generalized`: see localized_kl. AdamW, cosine with 10 % warm-up, gradient norm
+    clipped at 1; float32 weights run under bfloat16 autocast. An epoch is cut into equal steps of at most `batch_size`
+    prompts. Returns a dict of metrics per step. A loss or gradient that is not finite raises FloatingPointError and
+    leaves the student as the step before did."""
     weights = [weight for weight in student.parameters() if weight.requires_grad]
     trained = [any(weight.requires_grad for weight in block.parameters()) for block in student.get_decoder().layers]
     layer = 0 if system else min(trained.index(True), direction.layer)  # below it student and teacher are the same
@@ -394,7 +419,8 @@ def distill(
             refused.append(sum(map(is_refusal, rollouts.texts(tokenizer))) / len(texts))
             for part in rollouts.completion_mask.sum(1).argsort().split(micro_batch_size):  # of like length
                 seen = encode_chat(tokenizer, [texts[i] for i in part], told)
-                with torch.no_grad(), record(teacher, layer) as trunk, steer(teacher, direction, strength):
+                steered = steer(teacher, direction, strength)
+                with torch.no_grad(), adapters_off(teacher), record(teacher, layer) as trunk, steered:
                     teacher_logits, mask = completion_logits(teacher, rollouts[part].after(seen))
                 with autocast(), resume(student, layer, trunk):
                     student_logits, _ = completion_logits(student, rollouts[part])
@@ -528,10 +554,10 @@ def draw_tradeoff(rows, path):
     panels = figure.subplots(1, 3, sharey=True)
     for axis, name in zip(panels, ("capability", "harmless", "borderline"), strict=True):
         for (label, metrics), marker in zip(rows.items(), "osxD^v<>", strict=False):
-            x, y = metrics[name], metrics["harmful"]
-            point = axis.plot(share(x), share(y), marker, markersize=8, label=label)[0]
-            for line in ((x["interval"], [share(y)] * 2), ([share(x)] * 2, y["interval"])):
-                axis.plot(*line, color=point.get_color(), linewidth=0.7)
+            (x, y), bars = (share(metrics[name]), share(metrics["harmful"])), (metrics[name], metrics["harmful"])
+            (left, right), (low, high) = (bar["interval"] for bar in bars)
+            errors = {"xerr": [[x - left], [right - x]], "yerr": [[y - low], [high - y]], "elinewidth": 0.7}
+            axis.errorbar(x, y, fmt=marker, markersize=8, label=label, **errors)
         title, limits = (" right", (0, 1)) if name == "capability" else (" refused", (1, 0))
         axis.set(xlabel=name + title, xlim=limits, ylim=(1, 0))
     panels[0].set_ylabel("attacks that succeed")
@@ -548,7 +574,7 @@ def read_settings(arguments=None):
     parser.error = fail
     given = parser.parse_args(arguments)
     for name, value in vars(given).items():
-        zero, most = name in ("seed", "anchor_weight", "min_prob"), 1 if name == "min_prob" else 2**63
+        zero, most = name in ("seed", "anchor_weight", "min_prob", "lora"), 1 if name == "min_prob" else 2**63
         if type(value) in (int, float) and not (value == 0 and zero or 0 < value < most):
             fail(f"--{name.replace('_', '-')} {value} is out of range.")
     model = Path(given.model)
@@ -561,18 +587,19 @@ def read_settings(arguments=None):
             fail(f"No model can be loaded from {name}: {str(error).splitlines()[0]}")
     family = model.name if model.name in PAPER else kind
     recipe = PAPER["default"] | PAPER.get(family, {}) if given.recipe == "paper" else {}
+    recipe |= {"learning_rate": LORA_RATE} if given.lora else {}
     parser.set_defaults(**FAMILIES.get(family, {}), **recipe)
     return parser.parse_args_into_dataclasses(arguments)[0]
 
 
-def load_model(name):
+def load_model(name, device_map=None):
     """A frozen model in bfloat16 and its tokenizer; raises OSError or ValueError if the stages can't work with it."""
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(name)
     if not tokenizer.chat_template:
         raise ValueError(f"The tokenizer of {name} has no chat template: take a model that was trained to chat.")
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16, device_map=device)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16, device_map=device_map or device)
     except SafetensorError as error:
         raise ValueError(f"The weights of {name} cannot be read: {error}") from error
     if not hasattr(model.get_decoder(), "layers"):
@@ -581,6 +608,35 @@ def load_model(name):
     # For an input that is a slice of a batch, as in prefill, a frozen head would be copied once per sequence.
     model.get_output_embeddings().register_forward_pre_hook(lambda head, args: (args[0].contiguous(),))
     return model, tokenizer
+
+
+def make_student(base, first_trained=0, lora=0):
+    """A student of which the blocks from `first_trained` up are trained: a copy of the base with those in float32 that
+    shares all else with it, or, with `lora`, the base itself with float32 adapters of that rank on their Linears."""
+    blocks = base.get_decoder().layers
+    if lora:
+        parts = [(i, name, part) for i, block in enumerate(blocks) for name, part in block.named_modules()]
+        linear = [f"layers.{i}.{x}" for i, x, part in parts if i >= first_trained and isinstance(part, torch.nn.Linear)]
+        base.add_adapter(LoraConfig(r=lora, lora_alpha=2 * lora, target_modules=linear))
+        for weight in filter(lambda weight: weight.requires_grad, base.parameters()):
+            weight.data = weight.float()
+        return base
+    shared = [*blocks[:first_trained], base.get_input_embeddings(), base.get_output_embeddings()]
+    student = copy.deepcopy(base, {id(module): module for module in shared})
+    student.get_decoder().layers[first_trained:].float().requires_grad_(True)
+    return student
+
+
+def save_student(student, tokenizer, folder, base_name, lora=0):
+    """Write folder/student in bfloat16, with `lora` merged into a fresh copy of the base, and folder/adapter."""
+    if lora:
+        with replaced(folder / "adapter") as unfinished:
+            student.save_pretrained(unfinished)
+        fresh = AutoModelForCausalLM.from_pretrained(base_name, dtype=torch.bfloat16)
+        student = PeftModel.from_pretrained(fresh, folder / "adapter").merge_and_unload()
+    with replaced(folder / "student") as unfinished:
+        student.to(torch.bfloat16).save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
 
 
 def load_sets(split, limit=None, given=()):
@@ -625,6 +681,25 @@ def replaced(folder):
         new.rename(folder)
 
 
+def save_direction(direction, path, key):
+    """Write a direction with its place and the dict of str `key`, which says what it was found with."""
+    place = {name: json.dumps(getattr(direction, name)) for name in ("layer", "position", "score")}
+    unfinished = path.with_name(f".{path.name}")
+    save_file({"vector": direction.vector, "scores": direction.scores}, unfinished, metadata=place | key)
+    unfinished.replace(path)
+
+
+def load_direction(path, key):
+    """The direction that save_direction wrote with the same `key`, or None."""
+    if not path.exists():
+        return None
+    with safe_open(path, "pt") as file:
+        place, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
+    if any(place.pop(name, None) != value for name, value in key.items()):
+        return None
+    return RefusalDirection(**tensors, **{name: json.loads(value) for name, value in place.items()})
+
+
 def run_variant(settings, report, folder, base, tokenizer, direction, prompts, tests, known):
     """Stages 2 and 3 and the evaluation of one variant, written into `folder` and `report`. `prompts` are those of
     training and validation; `known` holds what `evaluate` found of base and teachers, for the other variants."""
@@ -634,6 +709,8 @@ def run_variant(settings, report, folder, base, tokenizer, direction, prompts, t
     with timed(report, "2 safety tokens"):
         options = chosen("min_prob", "horizon") | teacher
         token_ids, votes = select_safety_tokens(base, tokenizer, direction, prompts.validation, **options)
+    if not len(token_ids):
+        raise ValueError("The direction lifts no token that the teacher would say: there is nothing to train on.")
     tokens = [{"id": i, "text": tokenizer.decode([i]), "votes": v} for i, v in zip(token_ids.tolist(), votes.tolist())]
     write_json(folder / "safety_tokens.json", tokens)
     print("The safety tokens:", *(repr(token["text"]) for token in tokens))
@@ -641,11 +718,9 @@ def run_variant(settings, report, folder, base, tokenizer, direction, prompts, t
         if ours:  # what we add to the paper: see the README
             token_ids = torch.cat([token_ids, refusal_token_ids(tokenizer).to(token_ids)]).unique()
             first_trained = max(0, direction.layer - 2)
-        shared = [*base.get_decoder().layers[:first_trained], base.get_input_embeddings(), base.get_output_embeddings()]
-        student = copy.deepcopy(base, {id(module): module for module in shared})  # what is not trained stays the base's
-        student.get_decoder().layers[first_trained:].float().requires_grad_(True)
         probe = load_sets("validation")
         origin = known["validation"] = known.get("validation") or evaluate(base, tokenizer, *probe, max_new_tokens=16)
+        student = make_student(base, first_trained, settings.lora)
         report["epochs"] = {"base": origin.metrics}
 
         def watch(epoch):
@@ -658,17 +733,18 @@ def run_variant(settings, report, folder, base, tokenizer, direction, prompts, t
         options |= {"token_ids": None if settings.tokens == "all" else token_ids, "forward": settings.kl == "forward"}
         options |= {"harmless": prompts.anchors if ours else (), "generalized": ours, "on_epoch": watch}
         report["steps"] = distill(student, base, tokenizer, prompts.harmful, direction, **options)
-        with replaced(folder / "student") as unfinished:
-            student.to(torch.bfloat16).save_pretrained(unfinished)
-            tokenizer.save_pretrained(unfinished)
+        save_student(student, tokenizer, folder, settings.model, settings.lora)
     with timed(report, "4 evaluation"):
         guard = load_model(settings.judge) if settings.judge else None
         options = {"guard": guard, "max_new_tokens": settings.eval_max_new_tokens}
-        options["base"] = known["base"] = known.get("base") or evaluate(base, tokenizer, *tests, **options)
-        if settings.teacher not in known:
-            with steer(base, direction, teacher["coefficient"]):
-                known[settings.teacher] = evaluate(base, tokenizer, *tests, system=teacher["system"], **options)
+        with adapters_off(base):
+            options["base"] = known["base"] = known.get("base") or evaluate(base, tokenizer, *tests, **options)
+            if settings.teacher not in known:
+                with steer(base, direction, teacher["coefficient"]):
+                    known[settings.teacher] = evaluate(base, tokenizer, *tests, system=teacher["system"], **options)
         trained = evaluate(student, tokenizer, *tests, **options)
+        if settings.lora:
+            base.delete_adapter("default")
     found = {"base": known["base"], "teacher": known[settings.teacher], "student": trained}
     report["evaluation"] = {name: result.metrics for name, result in found.items()}
     curves = datasets.Dataset.from_list(report["steps"]).to_pandas().set_index("step")[["loss", "refused"]]
@@ -728,19 +804,26 @@ def main(arguments=None):
             raise ValueError(f"{folder} holds the results of other settings: take another --out, or --overwrite.")
         reports[folder] = variant, kept
     if not all(kept for _, kept in reports.values()):
-        base, tokenizer = load_model(settings.model)
+        base, tokenizer = load_model(settings.model, settings.device_map)
         out.mkdir(parents=True, exist_ok=True)
         for leftover in out.glob("**/.unfinished-*"):  # of a run that was killed
             shutil.rmtree(leftover)
         if shutil.disk_usage(out).free < (needed := 2 * sum(weight.numel() for weight in base.parameters())):
             raise ValueError(f"The disk of {out} has less than the {needed / 1e9:.1f} GB that the student needs.")
+        weights = hashlib.sha256()
+        for weight in base.parameters():
+            weights.update(weight.detach().view(torch.uint8).cpu().numpy())
+        first["weights"] = weights.hexdigest()
         with timed(first, "1 direction"):
-            direction = find_refusal_direction(base, tokenizer, prompts.harmful, prompts.harmless, prompts.validation)
-        found = {"layer": direction.layer, "position": direction.position, "score": direction.score}
-        tensors = {"vector": direction.vector, "scores": direction.scores}
-        save_file(tensors, out / "direction.safetensors", metadata={name: str(value) for name, value in found.items()})
-        print(f"The direction: {found}")
-        first["direction"] = found
+            path = out / "direction.safetensors"
+            key = {name: str(first[name]) for name in ("versions", "data", "weights")}
+            direction = load_direction(path, key)
+            if direction is None:
+                three = prompts.harmful, prompts.harmless, prompts.validation
+                direction = find_refusal_direction(base, tokenizer, *three)
+                save_direction(direction, path, key)
+        first["direction"] = {"layer": direction.layer, "position": direction.position, "score": direction.score}
+        print(f"The direction: {first['direction']}")
     known, table = {}, {}
     for folder, (variant, report) in reports.items():
         folder.mkdir(exist_ok=True)

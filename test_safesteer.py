@@ -1,4 +1,5 @@
 """Claims about SafeSteer, on tiny random models of three families, and one run of the real program: pytest"""
+import copy
 import csv
 import json
 import signal
@@ -15,11 +16,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    Gemma2Config,
     GenerationConfig,
     LlamaConfig,
+    MistralConfig,
+    Phi3Config,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 import safesteer
@@ -54,10 +59,13 @@ def tokenizer():
 def model(request, tokenizer):
     """A random model of five blocks whose vocabulary is larger than its tokenizer's. It refuses HARMFUL alone."""
     torch.manual_seed(0)
+    moe = request.param is Qwen3MoeConfig
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32} if moe else {}
     config = request.param(
         vocab_size=1024, hidden_size=64, intermediate_size=96, num_hidden_layers=5, num_attention_heads=4,
         num_key_value_heads=2, head_dim=16, tie_word_embeddings=False, bos_token_id=None, eos_token_id=None,
-        initializer_range=0.2,
+        initializer_range=0.2, pad_token_id=None,
+        **experts,
     )  # fmt: skip
     tiny = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
@@ -440,6 +448,54 @@ def test_distillation_moves_the_student_to_the_teacher(model, tokenizer, directi
     options = {"epochs": 12, "batch_size": 10, "max_new_tokens": 6}
     safesteer.distill(student, model, tokenizer, HARMFUL, direction, None, 3e-4, **options)  # the whole vocabulary
     assert distance() < 0.9 * before
+
+
+FAMILIES = [Qwen2Config, MistralConfig, Gemma2Config, Phi3Config, Qwen3MoeConfig]
+
+
+@pytest.mark.parametrize("model", FAMILIES, indirect=True, ids=lambda config: config.model_type)
+def test_adapters_train_over_weights_that_stay_as_they_are_in_every_family(model, tokenizer, direction, tmp_path):
+    model.requires_grad_(False).save_pretrained(tmp_path / "base")
+    weights, scores = copy.deepcopy(model.state_dict()), safesteer.refusal_scores(model, tokenizer, HARMFUL)
+    token_ids, _ = safesteer.select_safety_tokens(model, tokenizer, direction, HARMLESS[:4], min_prob=0)
+    student = safesteer.make_student(model, first_trained=1, lora=4)
+    options = {"learning_rate": 1e-2, "epochs": 2, "batch_size": 5, "max_new_tokens": 6, "harmless": HARMLESS}
+    safesteer.distill(student, model, tokenizer, HARMFUL, direction, token_ids, **options)
+    trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    assert trained and all("lora" in name and ".layers.0." not in name for name in trained)
+    now = {name.replace(".base_layer", ""): weight for name, weight in model.state_dict().items()}
+    assert all(torch.equal(now[name], weight) for name, weight in weights.items())
+    with safesteer.adapters_off(model):
+        torch.testing.assert_close(safesteer.refusal_scores(model, tokenizer, HARMFUL), scores)
+    learnt = safesteer.refusal_scores(model, tokenizer, HARMFUL)
+    assert not torch.allclose(learnt, scores, atol=1e-2)
+    safesteer.save_student(student, tokenizer, tmp_path, tmp_path / "base", lora=4)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "student", dtype=torch.float32)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16).float()
+    error = safesteer.refusal_scores(merged, tokenizer, HARMFUL) - learnt  # of rounding to bfloat16
+    moved = safesteer.refusal_scores(plain, tokenizer, HARMFUL) - learnt
+    assert error.abs().mean() < moved.abs().mean()
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_a_system_prompt_is_put_before_the_prompt_where_the_template_refuses_a_system_turn(tokenizer):
+    strict = copy.deepcopy(tokenizer)
+    refuse = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
+    strict.chat_template = refuse + TEMPLATE
+    told = safesteer.encode_chat(strict, HARMFUL, "Be careful.")["input_ids"]
+    asked = safesteer.encode_chat(strict, [f"Be careful.\n\n{prompt}" for prompt in HARMFUL])["input_ids"]
+    assert told.tolist() == asked.tolist()
+
+
+def test_a_direction_is_taken_up_again_only_by_a_run_with_the_same_model_and_data(tmp_path):
+    scores = torch.randn(2, 3)
+    found = safesteer.RefusalDirection(torch.randn(8), 2, -3, 0.125, scores)
+    safesteer.save_direction(found, path := tmp_path / "direction.safetensors", {"data": "a", "weights": "b"})
+    again = safesteer.load_direction(path, {"data": "a", "weights": "b"})
+    assert (again.layer, again.position, again.score) == (2, -3, 0.125)
+    assert torch.equal(again.vector, found.vector) and torch.equal(again.scores, scores)
+    assert safesteer.load_direction(path, {"data": "a", "weights": "c"}) is None
+    assert safesteer.load_direction(tmp_path / "none", {}) is None
 
 
 @pytest.mark.parametrize("model", [Qwen2Config], indirect=True)
