@@ -21,6 +21,7 @@ import signal
 import sys
 import tempfile
 import time
+import warnings
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -201,6 +202,8 @@ def find_refusal_direction(model, tokenizer, harmful, harmless, validation, batc
         kept = sign * refusal_scores(model, tokenizer, prompts, batch_size, keep) > 0
         if not kept.any():
             raise ValueError(f"The model {verb} none of the {len(prompts)} prompts that it should: no refusal to find.")
+        if kept.all() and verb == "refuses":
+            warnings.warn(f"The model refuses all {len(prompts)} harmful prompts: it can learn little.", stacklevel=2)
         means.append(residuals[kept].double().mean(0))
     vectors = (means[0] - means[1]).float()
     trunks = []  # per batch the base's blocks' inputs: what lies below a candidate's block is not computed again
@@ -663,30 +666,28 @@ def timed(report, stage):
     report["stages"][stage] = {"seconds": round(time.time() - start), "peak_memory_gb": round(peak / 1e9, 1)}
 
 
-def write_json(path, value):
-    """Write the file under another name and then move it: it is there as a whole or not at all."""
-    unfinished = path.with_name(f".{path.name}")
-    unfinished.write_text(json.dumps(value, indent=1, ensure_ascii=False), "utf-8")
-    unfinished.replace(path)
-
-
 @contextmanager
-def replaced(folder):
-    """A new folder to write into, which takes the place of `folder` once all is written, and goes if that fails."""
-    with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=folder.parent) as unfinished:
-        new, old = Path(unfinished) / "new", Path(unfinished) / "old"
+def replaced(path):
+    """Where to write a file or folder that takes the place of `path` once it is whole, and goes if that fails."""
+    with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=path.parent) as unfinished:
+        new = Path(unfinished) / "new"
         yield new
-        if folder.exists():
-            folder.rename(old)
-        new.rename(folder)
+        if path.is_dir():
+            path.rename(new.with_name("old"))
+        new.replace(path)
+
+
+def write_json(path, value):
+    """Write a file as a whole or not at all."""
+    with replaced(path) as new:
+        new.write_text(json.dumps(value, indent=1, ensure_ascii=False), "utf-8")
 
 
 def save_direction(direction, path, key):
     """Write a direction with its place and the dict of str `key`, which says what it was found with."""
     place = {name: json.dumps(getattr(direction, name)) for name in ("layer", "position", "score")}
-    unfinished = path.with_name(f".{path.name}")
-    save_file({"vector": direction.vector, "scores": direction.scores}, unfinished, metadata=place | key)
-    unfinished.replace(path)
+    with replaced(path) as new:
+        save_file({"vector": direction.vector, "scores": direction.scores}, new, metadata=place | key)
 
 
 def load_direction(path, key):
@@ -711,6 +712,8 @@ def run_variant(settings, report, folder, base, tokenizer, direction, prompts, t
         token_ids, votes = select_safety_tokens(base, tokenizer, direction, prompts.validation, **options)
     if not len(token_ids):
         raise ValueError("The direction lifts no token that the teacher would say: there is nothing to train on.")
+    if len(token_ids) < 50:
+        warnings.warn(f"Only {len(token_ids)} safety tokens of 50 got a vote.", stacklevel=2)
     tokens = [{"id": i, "text": tokenizer.decode([i]), "votes": v} for i, v in zip(token_ids.tolist(), votes.tolist())]
     write_json(folder / "safety_tokens.json", tokens)
     print("The safety tokens:", *(repr(token["text"]) for token in tokens))

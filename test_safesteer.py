@@ -5,6 +5,7 @@ import json
 import signal
 import subprocess
 import sys
+import warnings
 from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
@@ -214,6 +215,14 @@ def test_the_direction_is_the_plain_difference_of_means(model, tokenizer):
 def test_a_model_that_never_refuses_is_told_so(model, tokenizer):
     with pytest.raises(ValueError, match="refuses none"):
         safesteer.find_refusal_direction(model, tokenizer, HARMLESS, HARMLESS, HARMLESS)
+
+
+def test_a_model_that_refuses_everything_harmful_is_told_so(model, tokenizer):
+    with pytest.warns(UserWarning, match=f"refuses all {len(HARMFUL)} harmful prompts"):
+        safesteer.find_refusal_direction(model, tokenizer, HARMFUL, HARMLESS, HARMLESS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        safesteer.find_refusal_direction(model, tokenizer, HARMFUL + HARMLESS, HARMLESS, HARMLESS)
 
 
 @torch.no_grad()
