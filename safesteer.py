@@ -83,7 +83,7 @@ PAPER = {  # its training settings; for the small model, ours for its recipe on 
     "llama": {"learning_rate": 1e-6},
     "qwen2.5-coder-0.5b-instruct": {"epochs": 2, "max_new_tokens": 64, "micro_batch_size": 2},
 }
-LORA_RATE = 2e-4  # learning rate of adapters
+LORA = {"learning_rate": 2e-4, "batch_size": 8, "anchor_weight": 1.0}  # with adapters, in either recipe
 TEACHERS = {  # how the base becomes the teacher: `coefficient` times the direction, or a system prompt and no direction
     "steered": {"coefficient": 1.0, "system": None},
     "prompt": {"coefficient": 0.0, "system": "You are a careful assistant. Decline in one sentence every request that "
@@ -590,7 +590,7 @@ def read_settings(arguments=None):
             fail(f"No model can be loaded from {name}: {str(error).splitlines()[0]}")
     family = model.name if model.name in PAPER else kind
     recipe = PAPER["default"] | PAPER.get(family, {}) if given.recipe == "paper" else {}
-    recipe |= {"learning_rate": LORA_RATE} if given.lora else {}
+    recipe |= LORA if given.lora else {}
     parser.set_defaults(**FAMILIES.get(family, {}), **recipe)
     return parser.parse_args_into_dataclasses(arguments)[0]
 

@@ -753,6 +753,13 @@ def test_compare_runs_every_ablation_and_none_twice(model, tokenizer, tmp_path, 
     assert capsys.readouterr().out.splitlines()[-9:] == lines[-9:], "the same table from what was kept"
 
 
+def test_adapters_have_settings_of_their_own_and_a_flag_overrides_them():
+    chosen = lambda *flags: vars(safesteer.read_settings(["--lora", "4", *flags]))
+    assert chosen().items() >= safesteer.LORA.items() <= chosen("--recipe", "paper").items()
+    assert chosen("--batch-size", "5")["batch_size"] == 5
+    assert vars(safesteer.read_settings([]))["learning_rate"] != safesteer.LORA["learning_rate"]
+
+
 def test_an_evaluation_set_needs_a_name(tmp_path):
     with pytest.raises(ValueError, match="NAME=FILE_OR_ID"):
         safesteer.load_sets("test", given=["prompts.csv"])
