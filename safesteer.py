@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 import warnings
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,6 +35,7 @@ import transformers
 from jinja2 import TemplateError
 from matplotlib.figure import Figure
 from peft import LoraConfig, PeftModel
+from peft.helpers import rescale_adapter_scale
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
@@ -62,13 +63,13 @@ class Settings:
     eval_max_new_tokens: int = HfArg(default=32, help="length of an evaluated answer at most")
     horizon: int = HfArg(default=7, help="H, the tokens of a teacher completion that vote")
     min_prob: float = HfArg(default=1e-8, help="mean teacher probability under which a token is not eligible")
-    anchor_weight: float = HfArg(default=0.5, help="weight of the harmless half of a step")
-    learning_rate: float = HfArg(default=1.5e-5, help="peak learning rate of AdamW")
+    anchor_weight: float = HfArg(default=1.0, help="weight of the harmless half of a step")
+    learning_rate: float = HfArg(default=2e-4, help="peak learning rate of AdamW")
     epochs: int = HfArg(default=3, help="passes over the harmful prompts")
-    batch_size: int = HfArg(default=16, help="harmful prompts in a training step at most")
+    batch_size: int = HfArg(default=8, help="harmful prompts in a training step at most")
     micro_batch_size: int = HfArg(default=4, help="rollouts in one forward pass of training: fewer need less memory")
     max_new_tokens: int = HfArg(default=12, help="length of a rollout at most")
-    lora: int = HfArg(default=0, help="rank of adapters to train on one frozen model instead of a copy of it")
+    lora: int = HfArg(default=16, help="rank of the adapters to train; 0 trains a copy of the blocks in float32")
     device_map: str = HfArg(default="", help="auto spreads a model that is larger than one GPU")
     seed: int = HfArg(default=0, help="seed of every random choice")
     out: str = HfArg(default="out", help="results go into a folder in here, named after the model")
@@ -79,11 +80,10 @@ FAMILIES = {  # where the paper's settings for a family are not those for Qwen
     "llama": {"horizon": 5, "min_prob": 1e-7},
 }
 PAPER = {  # its training settings; for the small model, ours for its recipe on two cores
-    "default": {"learning_rate": 1e-5, "epochs": 1, "batch_size": 32, "max_new_tokens": 512},
+    "default": {"learning_rate": 1e-5, "epochs": 1, "batch_size": 32, "max_new_tokens": 512, "lora": 0},
     "llama": {"learning_rate": 1e-6},
     "qwen2.5-coder-0.5b-instruct": {"epochs": 2, "max_new_tokens": 64, "micro_batch_size": 2},
 }
-LORA = {"learning_rate": 2e-4, "batch_size": 8, "anchor_weight": 1.0}  # with adapters, in either recipe
 TEACHERS = {  # how the base becomes the teacher: `coefficient` times the direction, or a system prompt and no direction
     "steered": {"coefficient": 1.0, "system": None},
     "prompt": {"coefficient": 0.0, "system": "You are a careful assistant. Decline in one sentence every request that "
@@ -233,19 +233,6 @@ def steer(model, direction, coefficient=1.0):
 
 
 @contextmanager
-def adapters_off(model):
-    """Inside, a model with LoRA adapters is the model that they were put on; one without is as it is."""
-    lora = getattr(model, "_hf_peft_config_loaded", False)
-    if lora:
-        model.disable_adapters()
-    try:
-        yield model
-    finally:
-        if lora:
-            model.enable_adapters()
-
-
-@contextmanager
 def record(model, layer):
     """Inside, the inputs of block `layer` before any steering are kept in the list that this yields, for `resume`."""
     inputs, keep = [], lambda block, args, kwargs: inputs.append(args[0] if args else kwargs["hidden_states"])
@@ -307,11 +294,8 @@ def sample_rollouts(model, tokenizer, prompts, max_new_tokens, greedy=False, sys
     limits = {"max_new_tokens": max_new_tokens, "eos_token_id": ends, "pad_token_id": ends[0]}
     whole = {"temperature": 1.0, "top_p": 1.0, "top_k": None if greedy else 0, "repetition_penalty": 1.0}
     pure = GenerationConfig(do_sample=not greedy, **whole, **limits)
-    own, model.generation_config = model.generation_config, pure  # generate() fills gaps from the model's
-    try:
+    with mock.patch.object(model, "generation_config", pure):  # generate() would fill gaps from the model's own
         ids = model.generate(**batch)  # [n, prompt + completion]
-    finally:
-        model.generation_config = own
     ended = torch.isin(ids[:, batch["input_ids"].shape[1] :], torch.tensor(ends, device=ids.device)).long()
     mask, prompt = ended.cumsum(1) - ended == 0, batch["attention_mask"]  # no end of turn before a token
     return Rollouts(ids, torch.cat([prompt, mask.long()], 1), torch.cat([torch.zeros_like(prompt).bool(), mask], 1))
@@ -402,8 +386,7 @@ def distill(
     prompts. Returns a dict of metrics per step. A loss or gradient that is not finite raises FloatingPointError and
     leaves the student as the step before did."""
     weights = [weight for weight in student.parameters() if weight.requires_grad]
-    trained = [any(weight.requires_grad for weight in block.parameters()) for block in student.get_decoder().layers]
-    layer = 0 if system else min(trained.index(True), direction.layer)  # below it student and teacher are the same
+    frozen = lambda: rescale_adapter_scale(teacher, 0) if teacher is student else nullcontext()
     optimizer = torch.optim.AdamW(weights, learning_rate, weight_decay=0.0, fused=True)
     per_epoch = math.ceil(len(prompts) / batch_size)
     steps = [rows for _ in range(epochs) for rows in torch.randperm(len(prompts)).tensor_split(per_epoch)]
@@ -422,10 +405,9 @@ def distill(
             refused.append(sum(map(is_refusal, rollouts.texts(tokenizer))) / len(texts))
             for part in rollouts.completion_mask.sum(1).argsort().split(micro_batch_size):  # of like length
                 seen = encode_chat(tokenizer, [texts[i] for i in part], told)
-                steered = steer(teacher, direction, strength)
-                with torch.no_grad(), adapters_off(teacher), record(teacher, layer) as trunk, steered:
+                with torch.no_grad(), frozen(), steer(teacher, direction, strength):
                     teacher_logits, mask = completion_logits(teacher, rollouts[part].after(seen))
-                with autocast(), resume(student, layer, trunk):
+                with autocast():
                     student_logits, _ = completion_logits(student, rollouts[part])
                 loss = localized_kl(student_logits, teacher_logits, mask, token_ids, forward, generalized)
                 loss = weight * loss * len(part) / len(texts)
@@ -589,9 +571,10 @@ def read_settings(arguments=None):
         except (OSError, ValueError) as error:
             fail(f"No model can be loaded from {name}: {str(error).splitlines()[0]}")
     family = model.name if model.name in PAPER else kind
-    recipe = PAPER["default"] | PAPER.get(family, {}) if given.recipe == "paper" else {}
-    recipe |= LORA if given.lora else {}
-    parser.set_defaults(**FAMILIES.get(family, {}), **recipe)
+    full = PAPER["default"] | PAPER.get(family, {})
+    parser.set_defaults(**FAMILIES.get(family, {}), **(full if given.recipe == "paper" else {}))
+    rank = parser.parse_args(arguments).lora  # adapters need another learning rate, in either recipe
+    parser.set_defaults(learning_rate=Settings.learning_rate if rank else full["learning_rate"])
     return parser.parse_args_into_dataclasses(arguments)[0]
 
 
@@ -613,25 +596,22 @@ def load_model(name, device_map=None):
     return model, tokenizer
 
 
-def make_student(base, first_trained=0, lora=0):
-    """A student of which the blocks from `first_trained` up are trained: a copy of the base with those in float32 that
-    shares all else with it, or, with `lora`, the base itself with float32 adapters of that rank on their Linears."""
-    blocks = base.get_decoder().layers
+def make_student(base, lora=0):
+    """A student to train: a copy of the base with its blocks in float32 that shares embeddings and head with it or,
+    with `lora`, the base itself with float32 adapters of that rank on all linear layers of its blocks."""
     if lora:
-        parts = [(i, name, part) for i, block in enumerate(blocks) for name, part in block.named_modules()]
-        linear = [f"layers.{i}.{x}" for i, x, part in parts if i >= first_trained and isinstance(part, torch.nn.Linear)]
-        base.add_adapter(LoraConfig(r=lora, lora_alpha=2 * lora, target_modules=linear))
+        base.add_adapter(LoraConfig(r=lora, lora_alpha=2 * lora, target_modules="all-linear"))
         for weight in filter(lambda weight: weight.requires_grad, base.parameters()):
             weight.data = weight.float()
         return base
-    shared = [*blocks[:first_trained], base.get_input_embeddings(), base.get_output_embeddings()]
+    shared = base.get_input_embeddings(), base.get_output_embeddings()
     student = copy.deepcopy(base, {id(module): module for module in shared})
-    student.get_decoder().layers[first_trained:].float().requires_grad_(True)
+    student.get_decoder().layers.float().requires_grad_(True)
     return student
 
 
 def save_student(student, tokenizer, folder, base_name, lora=0):
-    """Write folder/student in bfloat16, with `lora` merged into a fresh copy of the base, and folder/adapter."""
+    """Write folder/student in bfloat16; with `lora` folder/adapter, and it merged into a fresh copy of the base."""
     if lora:
         with replaced(folder / "adapter") as unfinished:
             student.save_pretrained(unfinished)
@@ -706,7 +686,6 @@ def run_variant(settings, report, folder, base, tokenizer, direction, prompts, t
     training and validation; `known` holds what `evaluate` found of base and teachers, for the other variants."""
     torch.manual_seed(settings.seed)
     chosen, teacher = lambda *names: {name: getattr(settings, name) for name in names}, TEACHERS[settings.teacher]
-    ours, first_trained = settings.recipe == "anchored", 0
     with timed(report, "2 safety tokens"):
         options = chosen("min_prob", "horizon") | teacher
         token_ids, votes = select_safety_tokens(base, tokenizer, direction, prompts.validation, **options)
@@ -718,12 +697,8 @@ def run_variant(settings, report, folder, base, tokenizer, direction, prompts, t
     write_json(folder / "safety_tokens.json", tokens)
     print("The safety tokens:", *(repr(token["text"]) for token in tokens))
     with timed(report, "3 distillation"):
-        if ours:  # what we add to the paper: see the README
-            token_ids = torch.cat([token_ids, refusal_token_ids(tokenizer).to(token_ids)]).unique()
-            first_trained = max(0, direction.layer - 2)
         probe = load_sets("validation")
         origin = known["validation"] = known.get("validation") or evaluate(base, tokenizer, *probe, max_new_tokens=16)
-        student = make_student(base, first_trained, settings.lora)
         report["epochs"] = {"base": origin.metrics}
 
         def watch(epoch):
@@ -732,29 +707,37 @@ def run_variant(settings, report, folder, base, tokenizer, direction, prompts, t
             tqdm.write(f"On validation prompts:\n{format_table(report['epochs'])}")
 
         numbers = "learning_rate", "epochs", "batch_size", "micro_batch_size", "max_new_tokens", "anchor_weight"
-        options = chosen(*numbers) | teacher
-        options |= {"token_ids": None if settings.tokens == "all" else token_ids, "forward": settings.kl == "forward"}
-        options |= {"harmless": prompts.anchors if ours else (), "generalized": ours, "on_epoch": watch}
-        report["steps"] = distill(student, base, tokenizer, prompts.harmful, direction, **options)
+        options = chosen(*numbers) | teacher | {"forward": settings.kl == "forward", "on_epoch": watch}
+        if settings.recipe == "anchored":  # what we add to the paper: see the README
+            token_ids = torch.cat([token_ids, refusal_token_ids(tokenizer).to(token_ids)]).unique()
+            options |= {"harmless": prompts.anchors, "generalized": True}
+        token_ids = None if settings.tokens == "all" else token_ids
+        student = make_student(base, settings.lora)
+        report["steps"] = distill(student, base, tokenizer, prompts.harmful, direction, token_ids, **options)
         save_student(student, tokenizer, folder, settings.model, settings.lora)
+        if settings.lora:
+            base.delete_adapter("default")
     with timed(report, "4 evaluation"):
         guard = load_model(settings.judge) if settings.judge else None
         options = {"guard": guard, "max_new_tokens": settings.eval_max_new_tokens}
-        with adapters_off(base):
-            options["base"] = known["base"] = known.get("base") or evaluate(base, tokenizer, *tests, **options)
-            if settings.teacher not in known:
-                with steer(base, direction, teacher["coefficient"]):
-                    known[settings.teacher] = evaluate(base, tokenizer, *tests, system=teacher["system"], **options)
+        options["base"] = known["base"] = known.get("base") or evaluate(base, tokenizer, *tests, **options)
+        if settings.teacher not in known:
+            with steer(base, direction, teacher["coefficient"]):
+                known[settings.teacher] = evaluate(base, tokenizer, *tests, system=teacher["system"], **options)
+        student, _ = load_model(folder / "student", settings.device_map)  # as its users will get it
         trained = evaluate(student, tokenizer, *tests, **options)
-        if settings.lora:
-            base.delete_adapter("default")
     found = {"base": known["base"], "teacher": known[settings.teacher], "student": trained}
     report["evaluation"] = {name: result.metrics for name, result in found.items()}
+    write_results(folder, report, found, tests[0])
+
+
+def write_results(folder, report, found, sets):
+    """The figures and completions of one variant, and last its report; some completions are printed side by side."""
     curves = datasets.Dataset.from_list(report["steps"]).to_pandas().set_index("step")[["loss", "refused"]]
     panels = curves.plot(subplots=True, style="ko-", title=["loss", "share of rollouts that refuse"], legend=False)
     panels[0].figure.savefig(folder / "training.png")
     draw_shift({name: result.states for name, result in found.items()}, folder / "representation_shift.png")
-    rows = [{"set": name, "prompt": prompt} for name, prompts in tests[0].items() for prompt in prompts]
+    rows = [{"set": name, "prompt": prompt} for name, prompts in sets.items() for prompt in prompts]
     for name, result in found.items():
         rows = [row | {name: text} for row, text in zip(rows, sum(result.answers.values(), []), strict=True)]
     datasets.Dataset.from_list(rows).to_json(folder / "completions.jsonl", force_ascii=False)
@@ -784,7 +767,7 @@ def load_data(settings):
     shuffled = [harmless[i] for i in torch.randperm(len(harmless))]
     held_out = math.ceil(len(shuffled) / 5)  # 32 of 160
     prompts = {"harmful": harmful, "validation": shuffled[:held_out], "harmless": shuffled[held_out:]}
-    return SimpleNamespace(**prompts, anchors=shuffled[held_out:] + borderline), (sets, solutions)
+    return SimpleNamespace(**prompts, anchors=shuffled[held_out:] + 2 * borderline), (sets, solutions)
 
 
 def main(arguments=None):

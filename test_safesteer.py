@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft.helpers import rescale_adapter_scale
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -467,14 +468,14 @@ def test_adapters_train_over_weights_that_stay_as_they_are_in_every_family(model
     model.requires_grad_(False).save_pretrained(tmp_path / "base")
     weights, scores = copy.deepcopy(model.state_dict()), safesteer.refusal_scores(model, tokenizer, HARMFUL)
     token_ids, _ = safesteer.select_safety_tokens(model, tokenizer, direction, HARMLESS[:4], min_prob=0)
-    student = safesteer.make_student(model, first_trained=1, lora=4)
+    student = safesteer.make_student(model, lora=4)
     options = {"learning_rate": 1e-2, "epochs": 2, "batch_size": 5, "max_new_tokens": 6, "harmless": HARMLESS}
     safesteer.distill(student, model, tokenizer, HARMFUL, direction, token_ids, **options)
     trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
-    assert trained and all("lora" in name and ".layers.0." not in name for name in trained)
+    assert trained and all("lora" in name and ".layers." in name for name in trained)
     now = {name.replace(".base_layer", ""): weight for name, weight in model.state_dict().items()}
     assert all(torch.equal(now[name], weight) for name, weight in weights.items())
-    with safesteer.adapters_off(model):
+    with rescale_adapter_scale(model, 0):
         torch.testing.assert_close(safesteer.refusal_scores(model, tokenizer, HARMFUL), scores)
     learnt = safesteer.refusal_scores(model, tokenizer, HARMFUL)
     assert not torch.allclose(learnt, scores, atol=1e-2)
@@ -753,11 +754,12 @@ def test_compare_runs_every_ablation_and_none_twice(model, tokenizer, tmp_path, 
     assert capsys.readouterr().out.splitlines()[-9:] == lines[-9:], "the same table from what was kept"
 
 
-def test_adapters_have_settings_of_their_own_and_a_flag_overrides_them():
-    chosen = lambda *flags: vars(safesteer.read_settings(["--lora", "4", *flags]))
-    assert chosen().items() >= safesteer.LORA.items() <= chosen("--recipe", "paper").items()
-    assert chosen("--batch-size", "5")["batch_size"] == 5
-    assert vars(safesteer.read_settings([]))["learning_rate"] != safesteer.LORA["learning_rate"]
+def test_adapters_have_their_own_learning_rate_in_either_recipe_and_a_flag_overrides_it():
+    rate = lambda *flags: safesteer.read_settings(list(flags)).learning_rate
+    paper = ["--recipe", "paper"]
+    assert rate() == rate(*paper, "--lora", "4") == 2e-4 and rate("--lora", "0") == rate(*paper) == 1e-5
+    assert rate("--learning-rate", "3e-5") == rate(*paper, "--learning-rate", "3e-5", "--lora", "4") == 3e-5
+    assert safesteer.read_settings([]).lora == 16 and safesteer.read_settings(paper).lora == 0
 
 
 def test_an_evaluation_set_needs_a_name(tmp_path):
@@ -782,8 +784,8 @@ def test_the_program_makes_a_student_that_transformers_loads(tmp_path):
     student = AutoModelForCausalLM.from_pretrained(out / "student", dtype="auto")
     base = AutoModelForCausalLM.from_pretrained(HERE / "data" / "qwen2.5-coder-0.5b-instruct", dtype="auto")
     assert student.dtype == base.dtype and torch.equal(student.lm_head.weight, base.lm_head.weight)
-    changed = [n for n, w in student.named_parameters() if not torch.equal(w, base.get_parameter(n))]
-    blocks = {int(name.split(".layers.")[1].split(".")[0]) for name in changed}
-    assert blocks == set(range(report["direction"]["layer"] - 2, 24)), "blocks from two below d up"
+    changed = {n for n, w in student.named_parameters() if not torch.equal(w, base.get_parameter(n))}
+    linear = {n for n, w in base.named_parameters() if "proj.weight" in n}
+    assert changed <= linear and len(changed) > 0.9 * len(linear), "the linear layers of all blocks"
     answers = safesteer.sample_rollouts(student, AutoTokenizer.from_pretrained(out / "student"), ["Hello!"], 8)
     assert answers.completion_mask.any()
