@@ -21,8 +21,9 @@ import signal
 import sys
 import tempfile
 import time
+import timeit
 import warnings
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,7 +36,6 @@ import transformers
 from jinja2 import TemplateError
 from matplotlib.figure import Figure
 from peft import LoraConfig, PeftModel
-from peft.helpers import rescale_adapter_scale
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
@@ -43,6 +43,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BatchE
 from transformers.hf_argparser import HfArg, HfArgumentParser
 
 DATA = Path(__file__).resolve().parent / "data"
+DEVICE = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
 
 
 @dataclass
@@ -233,14 +234,6 @@ def steer(model, direction, coefficient=1.0):
 
 
 @contextmanager
-def record(model, layer):
-    """Inside, the inputs of block `layer` before any steering are kept in the list that this yields, for `resume`."""
-    inputs, keep = [], lambda block, args, kwargs: inputs.append(args[0] if args else kwargs["hidden_states"])
-    with model.get_decoder().layers[layer].register_forward_pre_hook(keep, with_kwargs=True, prepend=True):
-        yield inputs
-
-
-@contextmanager
 def resume(model, layer, inputs):
     """Inside, the blocks below `layer` are skipped: each forward pass gives block `layer` the next of the list
     `inputs`, [batch, seq, d_model], which the blocks below would compute. Nothing is skipped for layer 0."""
@@ -343,10 +336,8 @@ def select_safety_tokens(
     for _, texts in tqdm(list(batches(prompts, 8)), "2 safety tokens", unit="batch"):
         with steer(model, direction, coefficient):
             rollouts = sample_rollouts(model, tokenizer, texts * samples, horizon, system=system)
-        with record(model, direction.layer) as trunk:
-            logits, mask = completion_logits(model, rollouts.after(encode_chat(tokenizer, texts * samples)))
-        with resume(model, 0 if system else direction.layer, trunk), steer(model, direction, coefficient):
             teacher_logits.append(completion_logits(model, rollouts)[0])  # [batch, H, vocab]
+        logits, mask = completion_logits(model, rollouts.after(encode_chat(tokenizer, texts * samples)))
         base_logits.append(logits)
         valid.append(mask & (torch.isin(logits.argmax(-1), ends).cumsum(1) == 0))
     words = set(range(len(tokenizer))) - set(tokenizer.all_special_ids) - set(tokenizer.get_added_vocab().values())
@@ -379,14 +370,12 @@ def distill(
 ):  # fmt: skip
     """Train the weights of `student` that require a gradient, in place, on its own answers to harmful `prompts`.
     `teacher` is the base, here made the teacher by coefficient * direction and, if given, a system prompt that only it
-    sees; a student with LoRA adapters is its own base, give it as both. If `harmless` prompts are given, as many as
-    harmful ones join each step: their teacher is the base as it is, and their loss weighs `anchor_weight` (ours, see
-    README). `token_ids`, `forward` and `generalized`: see localized_kl. AdamW, cosine with 10 % warm-up, gradient norm
-    clipped at 1; float32 weights run under bfloat16 autocast. An epoch is cut into equal steps of at most `batch_size`
-    prompts. Returns a dict of metrics per step. A loss or gradient that is not finite raises FloatingPointError and
-    leaves the student as the step before did."""
+    sees. If `harmless` prompts are given, as many as harmful ones join each step: their teacher is the base as it is,
+    and their loss weighs `anchor_weight` (ours, see README). `token_ids`, `forward` and `generalized`: see
+    localized_kl. AdamW, cosine with 10 % warm-up, gradient norm clipped at 1; float32 weights run under bfloat16
+    autocast. An epoch is cut into equal steps of at most `batch_size` prompts. Returns a dict of metrics per step. A
+    loss or gradient that is not finite raises FloatingPointError and leaves the student as the step before did."""
     weights = [weight for weight in student.parameters() if weight.requires_grad]
-    frozen = lambda: rescale_adapter_scale(teacher, 0) if teacher is student else nullcontext()
     optimizer = torch.optim.AdamW(weights, learning_rate, weight_decay=0.0, fused=True)
     per_epoch = math.ceil(len(prompts) / batch_size)
     steps = [rows for _ in range(epochs) for rows in torch.randperm(len(prompts)).tensor_split(per_epoch)]
@@ -405,7 +394,7 @@ def distill(
             refused.append(sum(map(is_refusal, rollouts.texts(tokenizer))) / len(texts))
             for part in rollouts.completion_mask.sum(1).argsort().split(micro_batch_size):  # of like length
                 seen = encode_chat(tokenizer, [texts[i] for i in part], told)
-                with torch.no_grad(), frozen(), steer(teacher, direction, strength):
+                with torch.no_grad(), steer(teacher, direction, strength):
                     teacher_logits, mask = completion_logits(teacher, rollouts[part].after(seen))
                 with autocast():
                     student_logits, _ = completion_logits(student, rollouts[part])
@@ -504,10 +493,11 @@ def evaluate(model, tokenizer, tests, solutions=None, base=None, system=None, gu
 
 # ===== Plumbing: settings, tables, figures, files ====================================================================
 def format_table(rows):
-    """{name: metrics of evaluate} as lines to print, counts with their 95 % intervals in per cent."""
+    """{name: numbers, as of evaluate or timed} as lines to print, counts with their 95 % intervals in per cent."""
     titles = {"harmful": "attacks succeed", "capability": "capability right", "kl": "KL to base", "shift": "shift"}
-    cell = lambda x: f"{x:.4f}" if isinstance(x, float) else "{count}/{of} ({:.0%}-{:.0%})".format(*x["interval"], **x)
-    cells = [{titles.get(n, f"{n} refused"): cell(x) for n, x in metrics.items()} for metrics in rows.values()]
+    count = lambda x: "{count}/{of} ({:.0%}-{:.0%})".format(*x["interval"], **x) if isinstance(x, dict) else round(x, 4)
+    title = lambda name, x: titles.get(name, f"{name} refused" if isinstance(x, dict) else name.replace("_", " "))
+    cells = [{title(n, x): count(x) for n, x in numbers.items()} for numbers in rows.values()]
     return datasets.Dataset.from_list(cells).to_pandas().set_axis(list(rows)).to_string()
 
 
@@ -580,12 +570,11 @@ def read_settings(arguments=None):
 
 def load_model(name, device_map=None):
     """A frozen model in bfloat16 and its tokenizer; raises OSError or ValueError if the stages can't work with it."""
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(name)
     if not tokenizer.chat_template:
         raise ValueError(f"The tokenizer of {name} has no chat template: take a model that was trained to chat.")
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16, device_map=device_map or device)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16, device_map=device_map or DEVICE)
     except SafetensorError as error:
         raise ValueError(f"The weights of {name} cannot be read: {error}") from error
     if not hasattr(model.get_decoder(), "layers"):
@@ -597,26 +586,26 @@ def load_model(name, device_map=None):
 
 
 def make_student(base, lora=0):
-    """A student to train: a copy of the base with its blocks in float32 that shares embeddings and head with it or,
-    with `lora`, the base itself with float32 adapters of that rank on all linear layers of its blocks."""
+    """A student to train: a copy of the base with its blocks in float32 and all else shared with it or, with `lora`,
+    sharing all weights with it, and float32 adapters of that rank on all linear layers of its blocks."""
+    parts = base.get_input_embeddings(), base.get_output_embeddings()
+    shared = base.parameters() if lora else itertools.chain(*(part.parameters() for part in parts))
+    student = copy.deepcopy(base, {id(weight): weight for weight in shared})
     if lora:
-        base.add_adapter(LoraConfig(r=lora, lora_alpha=2 * lora, target_modules="all-linear"))
-        for weight in filter(lambda weight: weight.requires_grad, base.parameters()):
+        student.add_adapter(LoraConfig(r=lora, lora_alpha=2 * lora, target_modules="all-linear"))
+        for weight in filter(lambda weight: weight.requires_grad, student.parameters()):
             weight.data = weight.float()
-        return base
-    shared = base.get_input_embeddings(), base.get_output_embeddings()
-    student = copy.deepcopy(base, {id(module): module for module in shared})
-    student.get_decoder().layers.float().requires_grad_(True)
+    else:
+        student.get_decoder().layers.float().requires_grad_(True)
     return student
 
 
-def save_student(student, tokenizer, folder, base_name, lora=0):
-    """Write folder/student in bfloat16; with `lora` folder/adapter, and it merged into a fresh copy of the base."""
+def save_student(student, base, tokenizer, folder, lora=0):
+    """Write folder/student in bfloat16; with `lora` folder/adapter, and it merged into a copy of the base."""
     if lora:
         with replaced(folder / "adapter") as unfinished:
             student.save_pretrained(unfinished)
-        fresh = AutoModelForCausalLM.from_pretrained(base_name, dtype=torch.bfloat16)
-        student = PeftModel.from_pretrained(fresh, folder / "adapter").merge_and_unload()
+        student = PeftModel.from_pretrained(copy.deepcopy(base), folder / "adapter").merge_and_unload()
     with replaced(folder / "student") as unfinished:
         student.to(torch.bfloat16).save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
@@ -638,12 +627,29 @@ def load_sets(split, limit=None, given=()):
 
 @contextmanager
 def timed(report, stage):
-    """Add the seconds and the peak memory so far of what is done inside to report["stages"]."""
+    """Put into report["stages"] what is done inside: seconds, tokens through the model per second, the arithmetic of
+    its linear layers as a share of what a matrix product reaches here in bfloat16, and the peak memory so far."""
+    size, tokens, products = 2048, [], []
+    ones = torch.ones(size, size, dtype=torch.bfloat16, device=DEVICE)
+    rates = [2 * size**3 / timeit.timeit(lambda: (ones @ ones)[0, 0].item(), number=1) for _ in range(5)]
+
+    def count(module, args, output):
+        if isinstance(module, torch.nn.Embedding):
+            tokens.append(args[0].numel())
+        elif isinstance(module, torch.nn.Linear):  # forward, and backward for its input and its weight
+            passes = 1 + output.requires_grad + module.weight.requires_grad
+            products.append(2 * passes * output.numel() * module.in_features)
+
     start = time.time()
-    yield
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # in bytes
-    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak
-    report["stages"][stage] = {"seconds": round(time.time() - start), "peak_memory_gb": round(peak / 1e9, 1)}
+    with torch.nn.modules.module.register_module_forward_hook(count):
+        yield
+    seconds, unit = time.time() - start, 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    peak = torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else peak
+    report["stages"][stage] = {
+        "seconds": round(seconds), "tokens_per_second": round(sum(tokens) / seconds),
+        "share_of_peak": round(sum(products) / seconds / max(rates), 2), "peak_memory_gb": round(peak / 1e9, 1),
+    }  # fmt: skip
 
 
 @contextmanager
@@ -664,10 +670,11 @@ def write_json(path, value):
 
 
 def save_direction(direction, path, key):
-    """Write a direction with its place and the dict of str `key`, which says what it was found with."""
-    place = {name: json.dumps(getattr(direction, name)) for name in ("layer", "position", "score")}
+    """Write a direction, its place, and `key`, a dict that says what it was found with."""
+    place = {name: getattr(direction, name) for name in ("layer", "position", "score")}
     with replaced(path) as new:
-        save_file({"vector": direction.vector, "scores": direction.scores}, new, metadata=place | key)
+        tensors = {"vector": direction.vector, "scores": direction.scores}
+        save_file(tensors, new, metadata={"place": json.dumps(place), "key": json.dumps(key)})
 
 
 def load_direction(path, key):
@@ -675,10 +682,8 @@ def load_direction(path, key):
     if not path.exists():
         return None
     with safe_open(path, "pt") as file:
-        place, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
-    if any(place.pop(name, None) != value for name, value in key.items()):
-        return None
-    return RefusalDirection(**tensors, **{name: json.loads(value) for name, value in place.items()})
+        found, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
+    return RefusalDirection(**tensors, **json.loads(found["place"])) if found.get("key") == json.dumps(key) else None
 
 
 def run_variant(settings, report, folder, base, tokenizer, direction, prompts, tests, known):
@@ -714,9 +719,7 @@ def run_variant(settings, report, folder, base, tokenizer, direction, prompts, t
         token_ids = None if settings.tokens == "all" else token_ids
         student = make_student(base, settings.lora)
         report["steps"] = distill(student, base, tokenizer, prompts.harmful, direction, token_ids, **options)
-        save_student(student, tokenizer, folder, settings.model, settings.lora)
-        if settings.lora:
-            base.delete_adapter("default")
+        save_student(student, base, tokenizer, folder, settings.lora)
     with timed(report, "4 evaluation"):
         guard = load_model(settings.judge) if settings.judge else None
         options = {"guard": guard, "max_new_tokens": settings.eval_max_new_tokens}
@@ -802,7 +805,7 @@ def main(arguments=None):
         first["weights"] = weights.hexdigest()
         with timed(first, "1 direction"):
             path = out / "direction.safetensors"
-            key = {name: str(first[name]) for name in ("versions", "data", "weights")}
+            key = {name: first[name] for name in ("versions", "data", "weights")}
             direction = load_direction(path, key)
             if direction is None:
                 three = prompts.harmful, prompts.harmless, prompts.validation
@@ -822,7 +825,8 @@ def main(arguments=None):
         table["student" if folder == out else folder.name] = results["student"]
     others = {path.parent.name: json.loads(path.read_text("utf-8"))["evaluation"] for path in out.glob("*/report.json")}
     draw_tradeoff(table | {name: metrics["student"] for name, metrics in others.items()}, out / "tradeoff.png")
-    print(f"\n{format_table(table)}\n\nThe student and everything found on the way are in {out}.")
+    print("", format_table(report["stages"]), format_table(table), sep="\n\n")
+    print(f"\nThe student and everything found on the way are in {out}.")
 
 
 if __name__ == "__main__":

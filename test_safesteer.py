@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft.helpers import rescale_adapter_scale
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -253,8 +252,9 @@ def test_a_direction_that_changes_nothing_is_not_taken(model, tokenizer, monkeyp
 @torch.no_grad()
 def test_resuming_at_a_block_gives_what_the_whole_model_gives(model, tokenizer, direction):
     batch = safesteer.encode_chat(tokenizer, HARMLESS)
-    with safesteer.record(model, direction.layer) as trunk, safesteer.steer(model, direction):
+    with safesteer.steer(model, direction):
         whole = safesteer.forward(model, **batch).logits
+    trunk = [safesteer.forward(model, **batch, output_hidden_states=True).hidden_states[direction.layer]]
     model.get_decoder().layers[0].mlp.down_proj.weight.fill_(torch.nan)  # the skipped blocks are not run
     with safesteer.resume(model, direction.layer, trunk), safesteer.steer(model, direction):
         assert torch.equal(whole, safesteer.forward(model, **batch).logits)
@@ -465,26 +465,24 @@ FAMILIES = [Qwen2Config, MistralConfig, Gemma2Config, Phi3Config, Qwen3MoeConfig
 
 @pytest.mark.parametrize("model", FAMILIES, indirect=True, ids=lambda config: config.model_type)
 def test_adapters_train_over_weights_that_stay_as_they_are_in_every_family(model, tokenizer, direction, tmp_path):
-    model.requires_grad_(False).save_pretrained(tmp_path / "base")
     weights, scores = copy.deepcopy(model.state_dict()), safesteer.refusal_scores(model, tokenizer, HARMFUL)
     token_ids, _ = safesteer.select_safety_tokens(model, tokenizer, direction, HARMLESS[:4], min_prob=0)
-    student = safesteer.make_student(model, lora=4)
+    student = safesteer.make_student(model.requires_grad_(False), lora=4)
     options = {"learning_rate": 1e-2, "epochs": 2, "batch_size": 5, "max_new_tokens": 6, "harmless": HARMLESS}
     safesteer.distill(student, model, tokenizer, HARMFUL, direction, token_ids, **options)
-    trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
-    assert trained and all("lora" in name and ".layers." in name for name in trained)
-    now = {name.replace(".base_layer", ""): weight for name, weight in model.state_dict().items()}
-    assert all(torch.equal(now[name], weight) for name, weight in weights.items())
-    with rescale_adapter_scale(model, 0):
-        torch.testing.assert_close(safesteer.refusal_scores(model, tokenizer, HARMFUL), scores)
-    learnt = safesteer.refusal_scores(model, tokenizer, HARMFUL)
+    own = {id(weight) for weight in model.parameters()}
+    added = {name for name, weight in student.named_parameters() if id(weight) not in own}
+    assert added == {name for name, weight in student.named_parameters() if weight.requires_grad}
+    assert added and all("lora" in name and ".layers." in name for name in added), "all else is the base's"
+    now = model.state_dict()
+    assert now.keys() == weights.keys() and all(torch.equal(now[name], weight) for name, weight in weights.items())
+    torch.testing.assert_close(safesteer.refusal_scores(model, tokenizer, HARMFUL), scores)
+    learnt = safesteer.refusal_scores(student, tokenizer, HARMFUL)
     assert not torch.allclose(learnt, scores, atol=1e-2)
-    safesteer.save_student(student, tokenizer, tmp_path, tmp_path / "base", lora=4)
+    safesteer.save_student(student, model, tokenizer, tmp_path, lora=4)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "student", dtype=torch.float32)
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16).float()
     error = safesteer.refusal_scores(merged, tokenizer, HARMFUL) - learnt  # of rounding to bfloat16
-    moved = safesteer.refusal_scores(plain, tokenizer, HARMFUL) - learnt
-    assert error.abs().mean() < moved.abs().mean()
+    assert error.abs().mean() < (scores - learnt).abs().mean()
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
 
 
