@@ -600,12 +600,13 @@ def make_student(base, lora=0):
     return student
 
 
-def save_student(student, base, tokenizer, folder, lora=0):
-    """Write folder/student in bfloat16; with `lora` folder/adapter, and it merged into a copy of the base."""
+def save_student(student, tokenizer, folder, base_name, lora=0):
+    """Write folder/student in bfloat16; with `lora` folder/adapter, and it merged into the base, read anew."""
     if lora:
         with replaced(folder / "adapter") as unfinished:
             student.save_pretrained(unfinished)
-        student = PeftModel.from_pretrained(copy.deepcopy(base), folder / "adapter").merge_and_unload()
+        fresh = AutoModelForCausalLM.from_pretrained(base_name, dtype=torch.bfloat16)
+        student = PeftModel.from_pretrained(fresh, folder / "adapter").merge_and_unload()
     with replaced(folder / "student") as unfinished:
         student.to(torch.bfloat16).save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
@@ -719,7 +720,7 @@ def run_variant(settings, report, folder, base, tokenizer, direction, prompts, t
         token_ids = None if settings.tokens == "all" else token_ids
         student = make_student(base, settings.lora)
         report["steps"] = distill(student, base, tokenizer, prompts.harmful, direction, token_ids, **options)
-        save_student(student, base, tokenizer, folder, settings.lora)
+        save_student(student, tokenizer, folder, settings.model, settings.lora)
     with timed(report, "4 evaluation"):
         guard = load_model(settings.judge) if settings.judge else None
         options = {"guard": guard, "max_new_tokens": settings.eval_max_new_tokens}
@@ -727,7 +728,6 @@ def run_variant(settings, report, folder, base, tokenizer, direction, prompts, t
         if settings.teacher not in known:
             with steer(base, direction, teacher["coefficient"]):
                 known[settings.teacher] = evaluate(base, tokenizer, *tests, system=teacher["system"], **options)
-        student, _ = load_model(folder / "student", settings.device_map)  # as its users will get it
         trained = evaluate(student, tokenizer, *tests, **options)
     found = {"base": known["base"], "teacher": known[settings.teacher], "student": trained}
     report["evaluation"] = {name: result.metrics for name, result in found.items()}

@@ -465,6 +465,7 @@ FAMILIES = [Qwen2Config, MistralConfig, Gemma2Config, Phi3Config, Qwen3MoeConfig
 
 @pytest.mark.parametrize("model", FAMILIES, indirect=True, ids=lambda config: config.model_type)
 def test_adapters_train_over_weights_that_stay_as_they_are_in_every_family(model, tokenizer, direction, tmp_path):
+    model.save_pretrained(tmp_path / "base")
     weights, scores = copy.deepcopy(model.state_dict()), safesteer.refusal_scores(model, tokenizer, HARMFUL)
     token_ids, _ = safesteer.select_safety_tokens(model, tokenizer, direction, HARMLESS[:4], min_prob=0)
     student = safesteer.make_student(model.requires_grad_(False), lora=4)
@@ -479,7 +480,7 @@ def test_adapters_train_over_weights_that_stay_as_they_are_in_every_family(model
     torch.testing.assert_close(safesteer.refusal_scores(model, tokenizer, HARMFUL), scores)
     learnt = safesteer.refusal_scores(student, tokenizer, HARMFUL)
     assert not torch.allclose(learnt, scores, atol=1e-2)
-    safesteer.save_student(student, model, tokenizer, tmp_path, lora=4)
+    safesteer.save_student(student, tokenizer, tmp_path, tmp_path / "base", lora=4)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "student", dtype=torch.float32)
     error = safesteer.refusal_scores(merged, tokenizer, HARMFUL) - learnt  # of rounding to bfloat16
     assert error.abs().mean() < (scores - learnt).abs().mean()
