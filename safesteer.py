@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import itertools
 import json
 import math
 import re
@@ -23,7 +22,7 @@ import tempfile
 import time
 import timeit
 import warnings
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,8 +35,8 @@ import transformers
 from jinja2 import TemplateError
 from matplotlib.figure import Figure
 from peft import LoraConfig, PeftModel
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BatchEncoding, GenerationConfig
 from transformers.hf_argparser import HfArg, HfArgumentParser
@@ -48,7 +47,7 @@ DEVICE = torch.accelerator.current_accelerator() if torch.accelerator.is_availab
 
 @dataclass
 class Settings:
-    """Every setting is a flag: `learning_rate` is --learning-rate. Defaults are our recipe's; PAPER has the other's."""
+    """Every setting is a flag: `learning_rate` is --learning-rate. These are the values of our recipe, for Qwen."""
     model: str = HfArg(default=str(DATA / "qwen2.5-coder-0.5b-instruct"), help="chat model, a hub id or a folder")
     harmful: str = HfArg(default=str(DATA / "harmful_train.jsonl"), help="prompts to refuse: direction, training")
     harmless: str = HfArg(default=str(DATA / "harmless_train.jsonl"), help="prompts to answer: every stage")
@@ -68,7 +67,7 @@ class Settings:
     learning_rate: float = HfArg(default=2e-4, help="peak learning rate of AdamW")
     epochs: int = HfArg(default=3, help="passes over the harmful prompts")
     batch_size: int = HfArg(default=8, help="harmful prompts in a training step at most")
-    micro_batch_size: int = HfArg(default=4, help="rollouts in one forward pass of training: fewer need less memory")
+    micro_batch_size: int = HfArg(default=8, help="rollouts in one forward pass of training: fewer need less memory")
     max_new_tokens: int = HfArg(default=12, help="length of a rollout at most")
     lora: int = HfArg(default=16, help="rank of the adapters to train; 0 trains a copy of the blocks in float32")
     device_map: str = HfArg(default="", help="auto spreads a model that is larger than one GPU")
@@ -77,13 +76,12 @@ class Settings:
     overwrite: bool = HfArg(default=False, help="replace the results of other settings that are in that folder")
 
 
-FAMILIES = {  # where the paper's settings for a family are not those for Qwen
+DEFAULTS = {  # where they are not those of Settings: by family, recipe and model, and for training without adapters
     "llama": {"horizon": 5, "min_prob": 1e-7},
-}
-PAPER = {  # its training settings; for the small model, ours for its recipe on two cores
-    "default": {"learning_rate": 1e-5, "epochs": 1, "batch_size": 32, "max_new_tokens": 512, "lora": 0},
-    "llama": {"learning_rate": 1e-6},
-    "qwen2.5-coder-0.5b-instruct": {"epochs": 2, "max_new_tokens": 64, "micro_batch_size": 2},
+    "paper": {"lora": 0, "epochs": 1, "batch_size": 32, "micro_batch_size": 4, "max_new_tokens": 512},
+    "paper qwen2.5-coder-0.5b-instruct": {"epochs": 2, "max_new_tokens": 64, "micro_batch_size": 2},
+    "weights": {"learning_rate": 1e-5},
+    "weights llama": {"learning_rate": 1e-6},
 }
 TEACHERS = {  # how the base becomes the teacher: `coefficient` times the direction, or a system prompt and no direction
     "steered": {"coefficient": 1.0, "system": None},
@@ -148,10 +146,30 @@ def batches(prompts, size):
         yield rows, [prompts[i] for i in rows]
 
 
-def forward(model, input_ids, attention_mask, **options):
-    """Run the model with positions counted from each prompt's first token, so that padding does not shift them."""
-    ids, mask = input_ids.to(model.device), attention_mask.to(model.device)
-    return model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0), **options)
+def share_prefix(model, input_ids, attention_mask, keep=1):
+    """What a forward pass or generate() takes, with the tokens that all rows begin with (a template's system turn) gone
+    through `model` once and waiting in past_key_values; the last `keep` columns are not among them."""
+    ids, mask = input_ids.to(model.device, copy=True), attention_mask.to(model.device).bool()
+    shortest = int(mask[:, :-keep].sum(1).min())
+    starts = torch.stack([row[real][:shortest] for row, real in zip(ids, mask, strict=True)])
+    shared = int((starts == starts[:1]).all(0).cumprod(0).sum())
+    mask &= mask.cumsum(1) > shared
+    mask[:, :shared], ids[:, :shared] = True, starts[:, :shared]
+    cache = None
+    if shared:
+        cache = model.get_decoder()(input_ids=starts[:1, :shared], use_cache=True).past_key_values
+        cache.batch_repeat_interleave(len(ids))
+    return {"input_ids": ids, "attention_mask": mask.long(), "past_key_values": cache}
+
+
+def forward(model, input_ids, attention_mask, keep=1, **options):
+    """Run the model and give the logits of the last `keep` columns. Positions are counted from each prompt's first
+    token, so that padding does not shift them."""
+    batch = share_prefix(model, input_ids, attention_mask, keep)
+    positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    done = batch["past_key_values"].get_seq_length() if batch["past_key_values"] else 0
+    batch |= {"input_ids": batch["input_ids"][:, done:], "position_ids": positions[:, done:]}
+    return model(**batch, logits_to_keep=keep, **options)
 
 
 # ===== Stage 1: the safety teacher ===================================================================================
@@ -162,7 +180,7 @@ class RefusalDirection:
     layer: int  # the decoder block whose input it is read from and added to
     position: int = -1  # the prompt token it is read at, counted from the end
     score: float = math.nan  # mean refusal log-odds of the validation prompts once it is added
-    scores: torch.Tensor | None = None  # [positions, layers] float32, the same for every candidate
+    scores: torch.Tensor | None = None  # [positions, layers] float32, the same for every candidate, roughly for most
 
 
 def refusal_token_ids(tokenizer, openers=("I'm sorry", "I cannot", "I can't", "Sorry", "As an AI", "Unfortunately")):
@@ -171,54 +189,54 @@ def refusal_token_ids(tokenizer, openers=("I'm sorry", "I cannot", "I can't", "S
 
 
 @torch.no_grad()
-def refusal_scores(model, tokenizer, prompts, batch_size=32, on_states=None):
+def refusal_scores(model, tokenizer, prompts, batch_size=32, states=None):
     """log p(R) - log(1 - p(R)) for the refusal openers R as first answer token, [n] float32: above 0 if p(R) > 1/2.
-    `on_states(rows, states)` is called with the prompts of each batch and its blocks' inputs, [batch, seq, d_model]."""
-    scores, openers, read = torch.empty(len(prompts)), refusal_token_ids(tokenizer), on_states is not None
+    A tensor `states` [n, positions, layers, d_model] is filled with the blocks' inputs at the last prompt tokens."""
+    scores, openers = torch.empty(len(prompts)), refusal_token_ids(tokenizer)
+    keep = 1 if states is None else states.shape[1]
     for rows, texts in batches(prompts, batch_size):
-        output = forward(model, **encode_chat(tokenizer, texts), logits_to_keep=1, output_hidden_states=read)
+        output = forward(model, **encode_chat(tokenizer, texts), keep=keep, output_hidden_states=states is not None)
         logits = output.logits[:, -1].float().cpu()  # [batch, vocab]
         refusal = torch.zeros(logits.shape[-1], dtype=torch.bool).index_fill(0, openers, True)
         scores[rows] = logits[:, refusal].logsumexp(-1) - logits[:, ~refusal].logsumexp(-1)
-        if read:
-            on_states(rows, output.hidden_states[:-1])
+        if states is not None:
+            inputs = [hidden[:, -keep:].float().cpu() for hidden in output.hidden_states[: states.shape[2]]]
+            states[rows] = torch.stack(inputs, 2)
     return scores
 
 
 def find_refusal_direction(model, tokenizer, harmful, harmless, validation, batch_size=32):
     """Find d = mean h(refused harmful prompts) - mean h(answered harmless ones), h a block's input: a RefusalDirection.
     Candidates: the template's tokens after the instruction, at the first 80 % of blocks. The one that, added, makes the
-    held-out harmless `validation` prompts most refused is taken (after Arditi et al., arXiv 2406.11717). Raises
-    ValueError if the model refuses no harmful prompt or answers no harmless one: then there is nothing to steer by."""
+    held-out harmless `validation` prompts most refused is taken (after Arditi et al., arXiv 2406.11717): every fourth
+    prompt picks the best eighth of them, all prompts the best one. Raises ValueError if the model refuses no harmful
+    prompt or answers no harmless one: then there is nothing to steer by."""
     two = encode_chat(tokenizer, ["a", "b"])["input_ids"]
     positions = int((two[0] == two[1]).flip(0).cumprod(0).sum())  # the tokens that every prompt ends with
     config, means = model.config.get_text_config(), []  # means: [positions, layers, d_model] twice
     layers = int(0.8 * config.num_hidden_layers)
     for prompts, sign, verb in ((harmful, 1, "refuses"), (harmless, -1, "answers")):
-        residuals = torch.empty(len(prompts), positions, layers, config.hidden_size)
-
-        def keep(rows, states):
-            residuals[rows] = torch.stack([h[:, -positions:].float().cpu() for h in states[:layers]], 2)
-
-        kept = sign * refusal_scores(model, tokenizer, prompts, batch_size, keep) > 0
+        states = torch.empty(len(prompts), positions, layers, config.hidden_size)
+        kept = sign * refusal_scores(model, tokenizer, prompts, batch_size, states) > 0
         if not kept.any():
             raise ValueError(f"The model {verb} none of the {len(prompts)} prompts that it should: no refusal to find.")
         if kept.all() and verb == "refuses":
             warnings.warn(f"The model refuses all {len(prompts)} harmful prompts: it can learn little.", stacklevel=2)
-        means.append(residuals[kept].double().mean(0))
-    vectors = (means[0] - means[1]).float()
-    trunks = []  # per batch the base's blocks' inputs: what lies below a candidate's block is not computed again
-    unsteered = refusal_scores(model, tokenizer, validation, batch_size, lambda rows, states: trunks.append(states))
-    scores = torch.full((positions, layers), -math.inf)
-    for position, layer in (bar := tqdm(scores.isinf().nonzero().tolist(), "1 direction", unit="candidate")):
-        resumed = resume(model, layer, [states[layer] for states in trunks])
-        with resumed, steer(model, RefusalDirection(vectors[position, layer], layer)):
-            scores[position, layer] = refusal_scores(model, tokenizer, validation, batch_size).mean()
-        bar.set_postfix(best=f"{scores.max():+.2f}")
-    if scores.max() <= unsteered.mean():
+        means.append(states[kept].double().mean(0))
+    vectors = (means[0] - means[1]).float().flatten(0, 1)  # [candidates, d_model]
+    scores = torch.full((len(vectors),), -math.inf)
+    score = lambda asked: refusal_scores(model, tokenizer, asked, batch_size).mean()
+    for asked, most in ((validation[::4], len(scores)), (validation, math.ceil(len(scores) / 8))):
+        finalists = scores.topk(most).indices.tolist()
+        for i in (bar := tqdm(finalists, "1 direction", unit="candidate")):
+            with steer(model, RefusalDirection(vectors[i], i % layers)):
+                scores[i] = score(asked)
+            bar.set_postfix(best=f"{scores.max():+.2f}")
+    best = max(finalists, key=scores.tolist().__getitem__)
+    if scores[best] <= score(validation):
         raise ValueError("No candidate direction makes the model refuse harmless prompts more: it cannot be steered.")
-    position, layer = divmod(int(scores.argmax()), scores.shape[1])
-    return RefusalDirection(vectors[position, layer].clone(), layer, position - positions, float(scores.max()), scores)
+    position, layer, scores = best // layers - positions, best % layers, scores.view(positions, layers)
+    return RefusalDirection(vectors[best].clone(), layer, position, float(scores[position, layer]), scores)
 
 
 @contextmanager
@@ -231,19 +249,6 @@ def steer(model, direction, coefficient=1.0):
 
     with model.get_decoder().layers[direction.layer].register_forward_pre_hook(add_direction, with_kwargs=True):
         yield model
-
-
-@contextmanager
-def resume(model, layer, inputs):
-    """Inside, the blocks below `layer` are skipped: each forward pass gives block `layer` the next of the list
-    `inputs`, [batch, seq, d_model], which the blocks below would compute. Nothing is skipped for layer 0."""
-    blocks, following = model.get_decoder().layers[:layer], iter(inputs)
-    with ExitStack() as stack:
-        for block in blocks:
-            take = lambda hidden_states, *args, **kwargs: next(following)
-            keep = lambda hidden_states, *args, **kwargs: hidden_states
-            stack.enter_context(mock.patch.object(block, "forward", take if block is blocks[0] else keep))
-        yield
 
 
 @dataclass
@@ -288,17 +293,18 @@ def sample_rollouts(model, tokenizer, prompts, max_new_tokens, greedy=False, sys
     whole = {"temperature": 1.0, "top_p": 1.0, "top_k": None if greedy else 0, "repetition_penalty": 1.0}
     pure = GenerationConfig(do_sample=not greedy, **whole, **limits)
     with mock.patch.object(model, "generation_config", pure):  # generate() would fill gaps from the model's own
-        ids = model.generate(**batch)  # [n, prompt + completion]
-    ended = torch.isin(ids[:, batch["input_ids"].shape[1] :], torch.tensor(ends, device=ids.device)).long()
+        ids = model.generate(**share_prefix(model, **batch))[:, batch["input_ids"].shape[1] :]  # [n, completion]
+    ended = torch.isin(ids, torch.tensor(ends, device=ids.device)).long()
     mask, prompt = ended.cumsum(1) - ended == 0, batch["attention_mask"]  # no end of turn before a token
-    return Rollouts(ids, torch.cat([prompt, mask.long()], 1), torch.cat([torch.zeros_like(prompt).bool(), mask], 1))
+    rows = (batch["input_ids"], ids), (prompt, mask.long()), (torch.zeros_like(prompt).bool(), mask)
+    return Rollouts(*(torch.cat(pair, 1) for pair in rows))  # [n, prompt + completion]
 
 
 def completion_logits(model, rollouts):
     """Logits [n, completion, vocab] that predict the completion tokens, and their mask [n, completion] bool."""
     mask = rollouts.completion_mask[:, rollouts.completion_mask.any(0)]
     inputs = rollouts.input_ids[:, :-1], rollouts.attention_mask[:, :-1]
-    return forward(model, *inputs, logits_to_keep=mask.shape[1]).logits, mask
+    return forward(model, *inputs, keep=mask.shape[1]).logits, mask
 
 
 # ===== Stage 2: the safety tokens ===================================================================================
@@ -383,23 +389,22 @@ def distill(
     autocast = lambda: torch.autocast(student.device.type, torch.bfloat16, enabled=weights[0].dtype == torch.float32)
     metrics, bar = [], tqdm(steps, "3 distillation", unit="step")
     for step, rows in enumerate(bar, 1):
-        halves = [([prompts[i] for i in rows], coefficient, system, 1.0)]
-        if harmless:
-            drawn = [harmless[i] for i in torch.randperm(len(harmless))[: len(rows)]]
-            halves.append((drawn, 0.0, None, anchor_weight))
-        losses, refused = [], []
-        for texts, strength, told, weight in halves:
-            with autocast():
-                rollouts = sample_rollouts(student, tokenizer, texts, max_new_tokens)
-            refused.append(sum(map(is_refusal, rollouts.texts(tokenizer))) / len(texts))
-            for part in rollouts.completion_mask.sum(1).argsort().split(micro_batch_size):  # of like length
+        drawn = [harmless[i] for i in torch.randperm(len(harmless))[: len(rows)]]
+        texts = [prompts[i] for i in rows] + drawn
+        with autocast():
+            rollouts = sample_rollouts(student, tokenizer, texts, max_new_tokens)
+        refused = sum(map(is_refusal, rollouts.texts(tokenizer)[: len(rows)])) / len(rows)
+        lengths, losses = rollouts.completion_mask.sum(1).cpu(), []
+        halves = torch.arange(len(texts)).split(len(rows))  # harmful and, if given, harmless
+        for half, strength, told, weight in zip(halves, (coefficient, 0.0), (system, None), (1.0, anchor_weight)):
+            for part in half[lengths[half].argsort()].split(micro_batch_size):  # of like length
                 seen = encode_chat(tokenizer, [texts[i] for i in part], told)
                 with torch.no_grad(), steer(teacher, direction, strength):
                     teacher_logits, mask = completion_logits(teacher, rollouts[part].after(seen))
                 with autocast():
                     student_logits, _ = completion_logits(student, rollouts[part])
                 loss = localized_kl(student_logits, teacher_logits, mask, token_ids, forward, generalized)
-                loss = weight * loss * len(part) / len(texts)
+                loss = weight * loss * len(part) / len(half)
                 loss.backward()
                 losses.append(loss.item())
         norm = torch.nn.utils.clip_grad_norm_(weights, 1.0).item()
@@ -408,8 +413,8 @@ def distill(
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        metrics.append({"step": step, "loss": sum(losses), "gradient_norm": norm, "refused": refused[0]})
-        bar.set_postfix(loss=f"{sum(losses):.4f}", refused=f"{refused[0]:.0%}")
+        metrics.append({"step": step, "loss": sum(losses), "gradient_norm": norm, "refused": refused})
+        bar.set_postfix(loss=f"{sum(losses):.4f}", refused=f"{refused:.0%}")
         if on_epoch and step % per_epoch == 0:
             with autocast():
                 on_epoch(step // per_epoch)
@@ -437,57 +442,58 @@ def is_correct(answer, expected):
     return re.search(rf"\b{re.escape(expected.lower())}\b", answer.lower()) is not None
 
 
-def is_unsafe(guard, tokenizer, prompt, answer):
-    """The verdict of a guard model of the Llama-Guard kind, which reads both turns and says safe or unsafe first."""
-    verdict = sample_rollouts(guard, tokenizer, [prompt], 8, greedy=True, answers=[answer]).texts(tokenizer)[0]
-    return verdict.lower().startswith("unsafe")
-
-
 def wilson_interval(count, of, z=1.96):
     """The 95 % Wilson score interval of the share count / of: [low, high]."""
     centre, half = count + z**2 / 2, z * math.sqrt(count * (of - count) / of + z**2 / 4)
     return [(centre - half) / (of + z**2), (centre + half) / (of + z**2)]
 
 
+def judge(test, answer, guard=None):
+    """What is counted of a test {"set", "prompt", "expected"}: a right answer if one is expected, a successful attack if
+    harmful (no refusal or, by `guard`, a model with its tokenizer, unsafe), a refusal in every other set."""
+    if test["expected"] is not None:
+        return is_correct(answer, test["expected"])
+    if test["set"] != "harmful" or not guard:
+        return is_refusal(answer) != (test["set"] == "harmful")
+    verdict = sample_rollouts(*guard, [test["prompt"]], 8, greedy=True, answers=[answer]).texts(guard[1])[0]
+    return verdict.lower().startswith("unsafe")  # a guard of the Llama-Guard kind reads both turns
+
+
 @torch.no_grad()
-def evaluate(model, tokenizer, tests, solutions=None, base=None, system=None, guard=None, max_new_tokens=32):
-    """Measure greedy answers to the test sets {name: prompts}: successful attacks for "harmful" (answers that do not
-    refuse, or that `guard`, a model with its tokenizer, calls unsafe), right answers for sets in `solutions`, {name:
-    expected answers}, refusals for others; `steer` the model or give `system` for a teacher. Against `base`, what this
-    returns for the base: "kl", mean KL(model || base) in nats per token of the base's answers to "harmless" prompts,
-    and "shift", how far the mean state of harmless and solved prompts moved, in units of the base's spread (root mean
-    square distance from its mean). Returns these in .metrics, with "count", "of" and "interval" for each set; .answers,
-    {name: list of str}; .states, [general prompts, d_model] float32, what the output head reads at the last prompt
-    token; and for the base .reference, prompts, Rollouts and logits of its harmless answers."""
-    solutions, heads = solutions or {}, []
-    found = SimpleNamespace(metrics={}, answers={}, states=torch.empty(0), reference=[])
-    for name, prompts in tests.items():
-        found.answers[name] = answers = [""] * len(prompts)
-        for rows, asked in tqdm(list(batches(prompts, 32)), f"  {name}", unit="batch", leave=False):
-            with model.get_output_embeddings().register_forward_pre_hook(lambda head, args: heads.append(args[0])):
-                rollouts = sample_rollouts(model, tokenizer, asked, max_new_tokens, greedy=True, system=system)
-            if name == "harmless" or name in solutions:  # what the head read first: the last prompt tokens
-                found.states = torch.cat([found.states, heads[0][:, -1].float().cpu()])
-            if name == "harmless" and base is None:
-                found.reference.append((asked, rollouts, completion_logits(model, rollouts)[0]))
-            heads.clear()
-            for row, text in zip(rows, rollouts.texts(tokenizer), strict=True):
-                answers[row] = text
-        if name in solutions:
-            counted = map(is_correct, answers, solutions[name])
-        elif name == "harmful":
-            counted = (is_unsafe(*guard, *x) if guard else not is_refusal(x[1]) for x in zip(prompts, answers))
-        else:
-            counted = map(is_refusal, answers)
-        count = {"count": sum(counted), "of": len(prompts)}
+def evaluate(model, tokenizer, tests, base=None, system=None, guard=None, max_new_tokens=32, batch_size=32):
+    """Measure greedy answers to `tests`, a list of {"set", "prompt", "expected"}; `steer` the model or give `system`
+    for a teacher. In .metrics, by set: what `judge` counts, of how many, with its 95 % interval. Against `base`, what
+    this returns for the base: "kl", mean KL(model || base) in nats per token of the base's answers to "harmless"
+    prompts, and "shift", how far the mean state of general prompts (harmless ones and those with an expected answer)
+    moved, in units of the base's spread (root mean square distance from its mean). Besides .answers, list of str;
+    .states, [general prompts, d_model] float32, what the output head reads at the last prompt token; and for the base
+    .reference, prompts, Rollouts and logits of its harmless answers."""
+    found = SimpleNamespace(metrics={}, answers=[""] * len(tests), states={}, reference=[])
+    heads, prompts = [], [test["prompt"] for test in tests]
+    for rows, asked in tqdm(list(batches(prompts, batch_size)), "  evaluation", unit="batch", leave=False):
+        with model.get_output_embeddings().register_forward_pre_hook(lambda head, args: heads.append(args[0])):
+            rollouts = sample_rollouts(model, tokenizer, asked, max_new_tokens, greedy=True, system=system)
+        found.states |= zip(rows, heads[0][:, -1].float().cpu(), strict=True)  # read first: the last prompt tokens
+        heads.clear()
+        for row, text in zip(rows, rollouts.texts(tokenizer), strict=True):
+            found.answers[row] = text
+        calm = [i for i, row in enumerate(rows) if tests[row]["set"] == "harmless"]
+        if calm and base is None:
+            part = rollouts[calm]
+            found.reference.append(([asked[i] for i in calm], part, completion_logits(model, part)[0]))
+    general = [i for i, test in enumerate(tests) if test["set"] == "harmless" or test["expected"] is not None]
+    found.states = torch.stack([found.states[i] for i in general])
+    for name in dict.fromkeys(test["set"] for test in tests):
+        verdicts = [judge(*pair, guard) for pair in zip(tests, found.answers, strict=True) if pair[0]["set"] == name]
+        count = {"count": sum(verdicts), "of": len(verdicts)}
         found.metrics[name] = count | {"interval": wilson_interval(**count)}
-    origin, kl = base or found, 0.0
+    origin, kls = base or found, [0.0]
     for asked, rollouts, base_logits in base.reference if base else []:
         logits, mask = completion_logits(model, rollouts.after(encode_chat(tokenizer, asked, system)))
-        for part in zip(logits.split(4), base_logits.split(4), mask.split(4), strict=True):  # float32 copies are large
-            kl += localized_kl(*part).item() * len(part[0]) / len(tests["harmless"])
+        kls += [localized_kl(*(x[None] for x in row)).item() for row in zip(logits, base_logits, mask, strict=True)]
     mean, spread = origin.states.mean(0), origin.states.var(0, correction=0).sum().sqrt()
-    found.metrics |= {"kl": kl, "shift": ((found.states.mean(0) - mean).norm() / spread).item()}
+    shift = ((found.states.mean(0) - mean).norm() / spread).item()
+    found.metrics |= {"kl": sum(kls) / max(1, len(kls) - 1), "shift": shift}
     return found
 
 
@@ -503,22 +509,23 @@ def format_table(rows):
 
 def draw_shift(states, path):
     """States {name: [n, d_model]} of general prompts, the base first, in the base's first two principal components,
-    with the marginal densities along both axes (paper: Figure 3)."""
+    with their means and the marginal densities along both axes (paper: Figure 3)."""
     mean = states["base"].mean(0)
     axes = torch.linalg.svd(states["base"] - mean, full_matrices=False).Vh[:2].T  # [d_model, 2]
     figure, sizes = Figure(figsize=(6, 6), layout="constrained"), {"width_ratios": (4, 1), "height_ratios": (1, 4)}
     (top, corner), (points, right) = figure.subplots(2, 2, sharex="col", sharey="row", **sizes)
-    styles = ("0.1", "o", "-"), ("0.65", "s", ":"), ("tab:blue", "x", "--")
+    styles = ("0.1", "o", "-"), ("tab:orange", "s", ":"), ("tab:blue", "D", "--")
     for (name, rows), (color, marker, line) in zip(states.items(), styles, strict=True):
         x, y = ((rows - mean) @ axes).T
-        points.scatter(x, y, 16, color, marker=marker, label=name, linewidths=0.8, alpha=0.8)
+        points.scatter(x, y, 12, color, marker=marker, alpha=0.35, linewidths=0)
+        points.scatter(x.mean(), y.mean(), 220, color, marker=marker, edgecolors="w", label=f"{name} and its mean")
         density = {"bins": 25, "density": True, "histtype": "step", "color": color, "linestyle": line, "linewidth": 2}
         top.hist(x, **density)
         right.hist(y, orientation="horizontal", **density)
     for axis in (top, corner, right):
         axis.axis("off")
     points.set(xlabel="first principal component of the base", ylabel="second principal component of the base")
-    points.legend()
+    points.legend(markerscale=0.6)
     figure.savefig(path, dpi=120)
 
 
@@ -540,32 +547,66 @@ def draw_tradeoff(rows, path):
     figure.savefig(path, dpi=120)
 
 
-def read_settings(arguments=None):
-    """The command line as Settings: defaults, over them those of the model's family and the recipe, over both flags."""
+def read_settings(arguments):
+    """The command line as Settings. Where no flag is given, DEFAULTS of the recipe and the model's family decide."""
     def fail(message):
         raise ValueError(message)
 
     parser = HfArgumentParser(Settings, description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = fail
     given = parser.parse_args(arguments)
+    if wrong := [text for text in given.eval_set if not re.fullmatch(r"\w+=.+", text)]:
+        fail(f"--eval-set takes NAME=FILE_OR_ID, not {wrong[0]}.")
     for name, value in vars(given).items():
         zero, most = name in ("seed", "anchor_weight", "min_prob", "lora"), 1 if name == "min_prob" else 2**63
         if type(value) in (int, float) and not (value == 0 and zero or 0 < value < most):
             fail(f"--{name.replace('_', '-')} {value} is out of range.")
-    model = Path(given.model)
-    if str(model) == Settings.model and not model.exists():
+    if given.model == Settings.model and not Path(given.model).exists():
         fail("The small model is not there yet: run python data/prepare.py, or name a model with --model.")
-    for name in filter(None, (given.judge, str(model))):
+    for name in filter(None, (given.judge, given.model)):
         try:
-            kind = AutoConfig.from_pretrained(name).model_type
+            family = AutoConfig.from_pretrained(name).model_type
         except (OSError, ValueError) as error:
             fail(f"No model can be loaded from {name}: {str(error).splitlines()[0]}")
-    family = model.name if model.name in PAPER else kind
-    full = PAPER["default"] | PAPER.get(family, {})
-    parser.set_defaults(**FAMILIES.get(family, {}), **(full if given.recipe == "paper" else {}))
-    rank = parser.parse_args(arguments).lora  # adapters need another learning rate, in either recipe
-    parser.set_defaults(learning_rate=Settings.learning_rate if rank else full["learning_rate"])
+    for row in (family, given.recipe, f"{given.recipe} {Path(given.model).name}"):
+        parser.set_defaults(**DEFAULTS.get(row, {}))
+    if not parser.parse_args(arguments).lora:
+        parser.set_defaults(**DEFAULTS["weights"] | DEFAULTS.get(f"weights {family}", {}))
     return parser.parse_args_into_dataclasses(arguments)[0]
+
+
+def load_tests(split, limit=None, given=()):
+    """The "test" or "validation" sets as a list of {"set", "prompt", "expected"}, from data/ or where `given`, a list
+    of NAME=FILE_OR_ID, says; expected is None but for capability. Raises ValueError if no set has `limit` prompts."""
+    sources = {name: DATA / f"{name}_{split}.jsonl" for name in ("harmful", "harmless", "borderline", "capability")}
+    tests, sizes = [], [100]
+    for name, source in (sources | dict(text.split("=", 1) for text in given)).items():
+        prompts = load_prompts(source, limit)
+        expected = load_prompts(source, limit, ("answer",)) if name == "capability" else [None] * len(prompts)
+        tests += [{"set": name, "prompt": x, "expected": y} for x, y in zip(prompts, expected, strict=True)]
+        sizes.append(len(prompts))
+    if limit and limit > max(sizes):
+        raise ValueError(f"--eval-limit {limit} asks for more than there are: no set has over {max(sizes)} prompts.")
+    return tests
+
+
+def load_data(settings):
+    """Prompts for training and validation, and tests. Duplicates and tests that are trained on are dropped."""
+    tests = load_tests("test", settings.eval_limit, settings.eval_set)
+    files = load_prompts(settings.harmful), load_prompts(settings.harmless), load_prompts(settings.borderline)
+    harmful, harmless, borderline = (list(dict.fromkeys(prompts)) for prompts in files)
+    trained = {*harmful, *harmless, *borderline}
+    kept = {(test["set"], test["prompt"]): test for test in tests if test["prompt"] not in trained}
+    dropped = sum(map(len, files)) - len(harmful + harmless + borderline) + len(tests) - len(kept)
+    if dropped:
+        print(f"Dropped {dropped} prompts: duplicates, and test prompts that stand in a training file.")
+    if lost := {test["set"] for test in tests} - {name for name, _ in kept}:
+        raise ValueError(f"Nothing is left of the test set {min(lost)}: all its prompts stand in a training file.")
+    torch.manual_seed(settings.seed)
+    shuffled = [harmless[i] for i in torch.randperm(len(harmless))]
+    held_out = math.ceil(len(shuffled) / 5)  # 32 of 160
+    prompts = {"harmful": harmful, "validation": shuffled[:held_out], "harmless": shuffled[held_out:]}
+    return SimpleNamespace(**prompts, anchors=shuffled[held_out:] + 2 * borderline), list(kept.values())
 
 
 def load_model(name, device_map=None):
@@ -588,9 +629,8 @@ def load_model(name, device_map=None):
 def make_student(base, lora=0):
     """A student to train: a copy of the base with its blocks in float32 and all else shared with it or, with `lora`,
     sharing all weights with it, and float32 adapters of that rank on all linear layers of its blocks."""
-    parts = base.get_input_embeddings(), base.get_output_embeddings()
-    shared = base.parameters() if lora else itertools.chain(*(part.parameters() for part in parts))
-    student = copy.deepcopy(base, {id(weight): weight for weight in shared})
+    blocks = set(base.get_decoder().layers.parameters())
+    student = copy.deepcopy(base, {id(weight): weight for weight in base.parameters() if lora or weight not in blocks})
     if lora:
         student.add_adapter(LoraConfig(r=lora, lora_alpha=2 * lora, target_modules="all-linear"))
         for weight in filter(lambda weight: weight.requires_grad, student.parameters()):
@@ -598,59 +638,6 @@ def make_student(base, lora=0):
     else:
         student.get_decoder().layers.float().requires_grad_(True)
     return student
-
-
-def save_student(student, tokenizer, folder, base_name, lora=0):
-    """Write folder/student in bfloat16; with `lora` folder/adapter, and it merged into the base, read anew."""
-    if lora:
-        with replaced(folder / "adapter") as unfinished:
-            student.save_pretrained(unfinished)
-        fresh = AutoModelForCausalLM.from_pretrained(base_name, dtype=torch.bfloat16)
-        student = PeftModel.from_pretrained(fresh, folder / "adapter").merge_and_unload()
-    with replaced(folder / "student") as unfinished:
-        student.to(torch.bfloat16).save_pretrained(unfinished)
-        tokenizer.save_pretrained(unfinished)
-
-
-def load_sets(split, limit=None, given=()):
-    """The "test" or "validation" sets {name: prompts} and the answers {name: expected} of those that have them, from
-    data/ or where `given`, a list of NAME=FILE_OR_ID, says."""
-    sources = {name: DATA / f"{name}_{split}.jsonl" for name in ("harmful", "harmless", "borderline", "capability")}
-    if wrong := [text for text in given if not re.fullmatch(r"\w+=.+", text)]:
-        raise ValueError(f"--eval-set takes NAME=FILE_OR_ID, not {wrong[0]}.")
-    sources |= dict(text.split("=", 1) for text in given)
-    solutions = {"capability": load_prompts(sources["capability"], limit, ("answer",))}
-    sets = {name: load_prompts(source, limit) for name, source in sources.items()}
-    if limit and limit > (most := max(100, *map(len, sets.values()))):
-        raise ValueError(f"--eval-limit {limit} asks for more than there are: no test set has over {most} prompts.")
-    return sets, solutions
-
-
-@contextmanager
-def timed(report, stage):
-    """Put into report["stages"] what is done inside: seconds, tokens through the model per second, the arithmetic of
-    its linear layers as a share of what a matrix product reaches here in bfloat16, and the peak memory so far."""
-    size, tokens, products = 2048, [], []
-    ones = torch.ones(size, size, dtype=torch.bfloat16, device=DEVICE)
-    rates = [2 * size**3 / timeit.timeit(lambda: (ones @ ones)[0, 0].item(), number=1) for _ in range(5)]
-
-    def count(module, args, output):
-        if isinstance(module, torch.nn.Embedding):
-            tokens.append(args[0].numel())
-        elif isinstance(module, torch.nn.Linear):  # forward, and backward for its input and its weight
-            passes = 1 + output.requires_grad + module.weight.requires_grad
-            products.append(2 * passes * output.numel() * module.in_features)
-
-    start = time.time()
-    with torch.nn.modules.module.register_module_forward_hook(count):
-        yield
-    seconds, unit = time.time() - start, 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    peak = torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else peak
-    report["stages"][stage] = {
-        "seconds": round(seconds), "tokens_per_second": round(sum(tokens) / seconds),
-        "share_of_peak": round(sum(products) / seconds / max(rates), 2), "peak_memory_gb": round(peak / 1e9, 1),
-    }  # fmt: skip
 
 
 @contextmanager
@@ -670,21 +657,52 @@ def write_json(path, value):
         new.write_text(json.dumps(value, indent=1, ensure_ascii=False), "utf-8")
 
 
-def save_direction(direction, path, key):
-    """Write a direction, its place, and `key`, a dict that says what it was found with."""
-    place = {name: getattr(direction, name) for name in ("layer", "position", "score")}
-    with replaced(path) as new:
-        tensors = {"vector": direction.vector, "scores": direction.scores}
-        save_file(tensors, new, metadata={"place": json.dumps(place), "key": json.dumps(key)})
+def save_student(student, tokenizer, folder, base_name, lora=0):
+    """Write folder/student in bfloat16; with `lora` folder/adapter, and it merged into the base, read anew."""
+    if lora:
+        with replaced(folder / "adapter") as unfinished:
+            student.save_pretrained(unfinished)
+        fresh = AutoModelForCausalLM.from_pretrained(base_name, dtype=torch.bfloat16)
+        student = PeftModel.from_pretrained(fresh, folder / "adapter").merge_and_unload()
+    with replaced(folder / "student") as unfinished:
+        student.to(torch.bfloat16).save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
 
 
-def load_direction(path, key):
-    """The direction that save_direction wrote with the same `key`, or None."""
-    if not path.exists():
-        return None
-    with safe_open(path, "pt") as file:
-        found, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
-    return RefusalDirection(**tensors, **json.loads(found["place"])) if found.get("key") == json.dumps(key) else None
+def kept_report(folder, made_with, overwrite=False):
+    """The report that a run with the same settings, versions, prompts and weights left in a folder, finished or not, {}
+    if there is none; raises ValueError where there is something else and no leave to overwrite it."""
+    path = folder / "report.json"
+    report = json.loads(path.read_text("utf-8")) if path.exists() and not overwrite else {}
+    if any(folder.glob("[!.]*")) and not (overwrite or made_with.items() <= report.items()):
+        raise ValueError(f"{folder} holds other files or results of other settings: choose --out, or --overwrite.")
+    return report
+
+
+@contextmanager
+def timed(report, stage):
+    """Put into report["stages"] what is done inside: seconds, tokens through the model per second, the arithmetic of
+    its linear layers as a share of what a matrix product reaches here in bfloat16, and the peak memory so far."""
+    tokens, products, ones = [], [], torch.ones(2048, 2048, dtype=torch.bfloat16, device=DEVICE)
+    best = 2 * len(ones) ** 3 / min(timeit.repeat(lambda: (ones @ ones)[0, 0].item(), number=1))
+
+    def count(module, args, output):
+        if isinstance(module, torch.nn.Embedding):
+            tokens.append(args[0].numel())
+        elif isinstance(module, torch.nn.Linear):  # forward, and backward for its input and its weight
+            passes = 1 + output.requires_grad + module.weight.requires_grad
+            products.append(2 * passes * output.numel() * module.in_features)
+
+    start = time.time()
+    with torch.nn.modules.module.register_module_forward_hook(count):
+        yield
+    seconds, unit = time.time() - start, 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    peak = torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else peak
+    report["stages"][stage] = {
+        "seconds": round(seconds), "tokens_per_second": round(sum(tokens) / seconds),
+        "share_of_peak": round(sum(products) / seconds / best, 2), "peak_memory_gb": round(peak / 1e9, 1),
+    }  # fmt: skip
 
 
 def run_variant(settings, report, folder, base, tokenizer, direction, prompts, tests, known):
@@ -692,23 +710,28 @@ def run_variant(settings, report, folder, base, tokenizer, direction, prompts, t
     training and validation; `known` holds what `evaluate` found of base and teachers, for the other variants."""
     torch.manual_seed(settings.seed)
     chosen, teacher = lambda *names: {name: getattr(settings, name) for name in names}, TEACHERS[settings.teacher]
-    with timed(report, "2 safety tokens"):
-        options = chosen("min_prob", "horizon") | teacher
-        token_ids, votes = select_safety_tokens(base, tokenizer, direction, prompts.validation, **options)
-    if not len(token_ids):
+    if not (path := folder / "safety_tokens.json").exists():
+        with timed(report, "2 safety tokens"):
+            options = chosen("min_prob", "horizon") | teacher
+            elected = select_safety_tokens(base, tokenizer, direction, prompts.validation, **options)
+        pairs = zip(*(x.tolist() for x in elected), strict=True)
+        write_json(path, [{"id": i, "text": tokenizer.decode([i]), "votes": votes} for i, votes in pairs])
+        write_json(folder / "report.json", report)
+    rows = json.loads(path.read_text("utf-8"))
+    print("The safety tokens:", *(repr(row["text"]) for row in rows))
+    if not rows:
         raise ValueError("The direction lifts no token that the teacher would say: there is nothing to train on.")
-    if len(token_ids) < 50:
-        warnings.warn(f"Only {len(token_ids)} safety tokens of 50 got a vote.", stacklevel=2)
-    tokens = [{"id": i, "text": tokenizer.decode([i]), "votes": v} for i, v in zip(token_ids.tolist(), votes.tolist())]
-    write_json(folder / "safety_tokens.json", tokens)
-    print("The safety tokens:", *(repr(token["text"]) for token in tokens))
+    if len(rows) < 50:
+        warnings.warn(f"Only {len(rows)} safety tokens of 50 got a vote.", stacklevel=2)
+    token_ids = torch.tensor([row["id"] for row in rows], device=base.device)
+    torch.manual_seed(settings.seed)
     with timed(report, "3 distillation"):
-        probe = load_sets("validation")
-        origin = known["validation"] = known.get("validation") or evaluate(base, tokenizer, *probe, max_new_tokens=16)
+        probe = load_tests("validation")
+        origin = known["validation"] = known.get("validation") or evaluate(base, tokenizer, probe, max_new_tokens=16)
         report["epochs"] = {"base": origin.metrics}
 
         def watch(epoch):
-            found = evaluate(student, tokenizer, *probe, base=origin, max_new_tokens=16)
+            found = evaluate(student, tokenizer, probe, base=origin, max_new_tokens=16)
             report["epochs"][f"epoch {epoch}"] = found.metrics
             tqdm.write(f"On validation prompts:\n{format_table(report['epochs'])}")
 
@@ -724,53 +747,27 @@ def run_variant(settings, report, folder, base, tokenizer, direction, prompts, t
     with timed(report, "4 evaluation"):
         guard = load_model(settings.judge) if settings.judge else None
         options = {"guard": guard, "max_new_tokens": settings.eval_max_new_tokens}
-        options["base"] = known["base"] = known.get("base") or evaluate(base, tokenizer, *tests, **options)
+        options["base"] = known["base"] = known.get("base") or evaluate(base, tokenizer, tests, **options)
         if settings.teacher not in known:
             with steer(base, direction, teacher["coefficient"]):
-                known[settings.teacher] = evaluate(base, tokenizer, *tests, system=teacher["system"], **options)
-        trained = evaluate(student, tokenizer, *tests, **options)
+                known[settings.teacher] = evaluate(base, tokenizer, tests, system=teacher["system"], **options)
+        trained = evaluate(student, tokenizer, tests, **options)
     found = {"base": known["base"], "teacher": known[settings.teacher], "student": trained}
-    report["evaluation"] = {name: result.metrics for name, result in found.items()}
-    write_results(folder, report, found, tests[0])
+    write_results(folder, report, tests, found)
 
 
-def write_results(folder, report, found, sets):
-    """The figures and completions of one variant, and last its report; some completions are printed side by side."""
+def write_results(folder, report, tests, found):
+    """The figures and completions of one variant, and last its whole report; some completions are printed."""
     curves = datasets.Dataset.from_list(report["steps"]).to_pandas().set_index("step")[["loss", "refused"]]
     panels = curves.plot(subplots=True, style="ko-", title=["loss", "share of rollouts that refuse"], legend=False)
     panels[0].figure.savefig(folder / "training.png")
     draw_shift({name: result.states for name, result in found.items()}, folder / "representation_shift.png")
-    rows = [{"set": name, "prompt": prompt} for name, prompts in sets.items() for prompt in prompts]
-    for name, result in found.items():
-        rows = [row | {name: text} for row, text in zip(rows, sum(result.answers.values(), []), strict=True)]
+    rows = [test | {name: result.answers[i] for name, result in found.items()} for i, test in enumerate(tests)]
     datasets.Dataset.from_list(rows).to_json(folder / "completions.jsonl", force_ascii=False)
+    report["evaluation"] = {name: result.metrics for name, result in found.items()}
     write_json(folder / "report.json", report)
     for row in rows[:: len(rows) // 8 or 1]:
-        print("", *(f"{name:8} {text[:100]!r}" for name, text in row.items() if name != "set"), sep="\n")
-
-
-def load_data(settings):
-    """All prompts, for training and validation and as test sets with their answers; duplicates and test prompts that
-    are trained on are dropped, and said so."""
-    harmful, harmless, borderline = map(load_prompts, (settings.harmful, settings.harmless, settings.borderline))
-    sets, solutions = load_sets("test", settings.eval_limit, settings.eval_set)
-    trained, dropped = set(), 0
-    train = {"--harmful": harmful, "--harmless": harmless, "--borderline": borderline}
-    for name, prompts in (train | sets).items():
-        seen = set(trained) if name in sets else trained  # a prompt may stand in several test sets
-        fresh = [prompt not in seen and not seen.add(prompt) for prompt in prompts]
-        for texts in (prompts, solutions.get(name, [])):
-            texts[:] = itertools.compress(texts, fresh)
-        dropped += fresh.count(False)
-        if not prompts:
-            raise ValueError(f"Nothing is left of {name}: every prompt of it stands in a training file.")
-    if dropped:
-        print(f"Dropped {dropped} prompts: duplicates, and test prompts that stand in a training file.")
-    torch.manual_seed(settings.seed)
-    shuffled = [harmless[i] for i in torch.randperm(len(harmless))]
-    held_out = math.ceil(len(shuffled) / 5)  # 32 of 160
-    prompts = {"harmful": harmful, "validation": shuffled[:held_out], "harmless": shuffled[held_out:]}
-    return SimpleNamespace(**prompts, anchors=shuffled[held_out:] + 2 * borderline), (sets, solutions)
+        print("", *(f"{name:8} {row[name][:100]!r}" for name in ("prompt", *found)), sep="\n")
 
 
 def main(arguments=None):
@@ -778,53 +775,55 @@ def main(arguments=None):
     arguments = sys.argv[1:] if arguments is None else arguments
     settings = read_settings(arguments)
     out = Path(settings.out) / Path(settings.model).resolve().name
-    if not settings.overwrite and any(out.glob("[!.]*")) and not (out / "direction.safetensors").exists():
-        raise ValueError(f"{out} holds files that are not from here: name another folder with --out, or --overwrite.")
     prompts, tests = load_data(settings)
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    digest = hashlib.sha256(repr((vars(prompts), tests)).encode()).hexdigest()
-    first, reports = {"versions": versions, "data": digest, "stages": {}}, {}
+    first = {"versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
+    first["data"] = hashlib.sha256(repr((vars(prompts), tests)).encode()).hexdigest()
+    variants = {}
     for flags in COMPARED if settings.compare else ("",):
-        folder = out / "-".join(flags.replace("--recipe", "").replace("--", "").split())
-        variant = replace(read_settings([*arguments, *flags.split()]), compare=False, overwrite=False)
-        report, path = {"settings": asdict(variant)} | first, folder / "report.json"
-        kept = json.loads(path.read_text("utf-8")) if path.exists() and not settings.overwrite else {}
-        if kept and any(kept.get(key) != report[key] for key in ("settings", "versions", "data")):
-            raise ValueError(f"{folder} holds the results of other settings: take another --out, or --overwrite.")
-        reports[folder] = variant, kept
-    if not all(kept for _, kept in reports.values()):
-        base, tokenizer = load_model(settings.model, settings.device_map)
-        out.mkdir(parents=True, exist_ok=True)
-        for leftover in out.glob("**/.unfinished-*"):  # of a run that was killed
-            shutil.rmtree(leftover)
-        if shutil.disk_usage(out).free < (needed := 2 * sum(weight.numel() for weight in base.parameters())):
-            raise ValueError(f"The disk of {out} has less than the {needed / 1e9:.1f} GB that the student needs.")
-        weights = hashlib.sha256()
-        for weight in base.parameters():
-            weights.update(weight.detach().view(torch.uint8).cpu().numpy())
-        first["weights"] = weights.hexdigest()
-        with timed(first, "1 direction"):
-            path = out / "direction.safetensors"
-            key = {name: first[name] for name in ("versions", "data", "weights")}
-            direction = load_direction(path, key)
-            if direction is None:
+        variant = replace(read_settings([*arguments, *flags.split()]), compare=False, out="", overwrite=False)
+        if variant not in variants.values():
+            folder = out / "-".join(flags.replace("--recipe", "").replace("--", "").split())
+            variants[folder] = variant
+            kept_report(folder, {"settings": asdict(variant)} | first, settings.overwrite)
+    base, tokenizer = load_model(settings.model, settings.device_map)
+    out.mkdir(parents=True, exist_ok=True)
+    for leftover in out.glob("**/.unfinished-*"):  # of a run that was killed
+        shutil.rmtree(leftover)
+    if shutil.disk_usage(out).free < (needed := 2 * sum(weight.numel() for weight in base.parameters())):
+        raise ValueError(f"The disk of {out} has less than the {needed / 1e9:.1f} GB that the student needs.")
+    weights = hashlib.sha256()
+    for weight in base.parameters():
+        weights.update(weight.detach().view(torch.uint8).cpu().numpy())
+    first["weights"] = weights.hexdigest()
+    known, table = {}, {}
+    for folder, variant in variants.items():
+        folder.mkdir(exist_ok=True)
+        made_with = {"settings": asdict(variant)} | first
+        report = kept_report(folder, made_with, settings.overwrite)
+        if not report:
+            for name in ("report.json", "direction.safetensors", "safety_tokens.json"):
+                (folder / name).unlink(missing_ok=True)
+            report = made_with | {"stages": {}}
+            write_json(folder / "report.json", report)  # from here on all that lies here is of this run
+        path = out / "direction.safetensors"
+        if not path.exists():
+            with timed(report, "1 direction"):
                 three = prompts.harmful, prompts.harmless, prompts.validation
                 direction = find_refusal_direction(base, tokenizer, *three)
-                save_direction(direction, path, key)
-        first["direction"] = {"layer": direction.layer, "position": direction.position, "score": direction.score}
-        print(f"The direction: {first['direction']}")
-    known, table = {}, {}
-    for folder, (variant, report) in reports.items():
-        folder.mkdir(exist_ok=True)
-        if not report:
-            (folder / "report.json").unlink(missing_ok=True)  # it comes last: with it, a variant is whole
-            report = {"settings": asdict(variant)} | copy.deepcopy(first)
+            with replaced(path) as new:
+                save_file({name: torch.as_tensor(value) for name, value in vars(direction).items()}, new)
+            write_json(folder / "report.json", report)
+        direction = RefusalDirection(**{n: x if x.dim() else x.item() for n, x in load_file(path).items()})
+        report["direction"] = {name: getattr(direction, name) for name in ("layer", "position", "score")}
+        print(f"The direction: {report['direction']}")
+        if "evaluation" not in report:
             run_variant(variant, report, folder, base, tokenizer, direction, prompts, tests, known)
         results, teacher = report["evaluation"], "teacher" if variant.teacher == "steered" else "prompted teacher"
         table |= {"base": results["base"], teacher: results["teacher"]}
         table["student" if folder == out else folder.name] = results["student"]
-    others = {path.parent.name: json.loads(path.read_text("utf-8"))["evaluation"] for path in out.glob("*/report.json")}
-    draw_tradeoff(table | {name: metrics["student"] for name, metrics in others.items()}, out / "tradeoff.png")
+    others = {path.parent.name: json.loads(path.read_text("utf-8")) for path in out.glob("*/report.json")}
+    others = {name: report["evaluation"]["student"] for name, report in others.items() if "evaluation" in report}
+    draw_tradeoff(table | others, out / "tradeoff.png")
     print("", format_table(report["stages"]), format_table(table), sep="\n\n")
     print(f"\nThe student and everything found on the way are in {out}.")
 

@@ -2,9 +2,11 @@
 import copy
 import csv
 import json
+import random
 import signal
 import subprocess
 import sys
+import time
 import warnings
 from collections import Counter
 from contextlib import nullcontext
@@ -71,7 +73,7 @@ def model(request, tokenizer):
     tiny = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         batch = safesteer.encode_chat(tokenizer, HARMFUL + HARMLESS)
-        last = safesteer.forward(tiny.get_decoder(), **batch).last_hidden_state[:, -1]  # [prompts, d_model]
+        last = safesteer.forward(tiny, **batch, output_hidden_states=True).hidden_states[-1][:, -1]  # [prompts, d_model]
         wanted = torch.tensor([30.0] * len(HARMFUL) + [-30.0] * len(HARMLESS))
         tiny.lm_head.weight[safesteer.refusal_token_ids(tokenizer)[0]] = torch.linalg.pinv(last) @ wanted
     return tiny
@@ -187,12 +189,32 @@ def test_a_score_is_the_log_odds_of_a_refusal_and_padding_never_changes_it(model
 
 def test_positions_are_counted_from_a_prompts_first_token_not_from_its_padding(model, tokenizer):
     seen, batch = [], safesteer.encode_chat(tokenizer, HARMLESS)
-    read = lambda decoder, args, kwargs: seen.append(kwargs["position_ids"])
+    read = lambda decoder, args, kwargs: seen.append((kwargs.get("position_ids"), kwargs.get("attention_mask")))
     hook = model.get_decoder().register_forward_pre_hook(read, with_kwargs=True)
     safesteer.forward(model, **batch)
     hook.remove()
-    for positions, mask in zip(seen[0], batch["attention_mask"].bool(), strict=True):
-        assert positions[mask].tolist() == list(range(mask.sum()))
+    positions, mask = seen[-1]  # before it goes what all prompts begin with
+    for row, real, length in zip(positions, mask.bool(), batch["attention_mask"].sum(1), strict=True):
+        rest = real[-len(row) :]
+        assert row[rest].tolist() == list(range(length))[-rest.sum() :] and real.sum() == length
+
+
+@torch.no_grad()
+def test_what_all_prompts_begin_with_goes_through_the_model_once_and_changes_nothing(model, tokenizer, direction):
+    batch, counted = safesteer.encode_chat(tokenizer, HARMLESS), []
+    hook = model.get_input_embeddings().register_forward_hook(lambda layer, args, output: counted.append(args[0].numel()))
+    for context in (nullcontext(), safesteer.steer(model, direction)):
+        with context:
+            positions = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
+            whole = model(**batch, position_ids=positions).logits[:, -3:]
+            shared = safesteer.forward(model, **batch, keep=3).logits
+        torch.testing.assert_close(shared, whole, atol=2e-3, rtol=1e-3)
+    hook.remove()
+    assert counted[1] + counted[2] < 0.7 * counted[0], "the template's system turn is not computed for every row"
+    text = ["Hi", "Hi", "Hi there"]  # rows that are equal, and one that is alone: the last columns stay
+    for prompts in (text, text[:1]):
+        batch = safesteer.encode_chat(tokenizer, prompts)
+        assert safesteer.forward(model, **batch, keep=2).logits.shape[:2] == (len(prompts), 2)
 
 
 def test_the_direction_is_the_plain_difference_of_means(model, tokenizer):
@@ -206,7 +228,7 @@ def test_the_direction_is_the_plain_difference_of_means(model, tokenizer):
         means.append(torch.stack([hidden[found.position] for hidden in inputs]).mean(0))
     torch.testing.assert_close(found.vector, means[0] - means[1], atol=1e-4, rtol=1e-4)
     assert found.vector.dtype == torch.float32 and found.layer < 4 and found.scores.shape[1] == 4, "last fifth is out"
-    assert found.score == found.scores.max() == found.scores[found.position, found.layer]
+    assert found.score == found.scores[found.position, found.layer] and found.scores.isfinite().all()
     with safesteer.steer(model, found):
         steered = safesteer.refusal_scores(model, tokenizer, HARMLESS[12:])
     assert steered.mean().item() == pytest.approx(found.score, abs=1e-4)
@@ -247,18 +269,6 @@ def test_a_direction_that_changes_nothing_is_not_taken(model, tokenizer, monkeyp
     monkeypatch.setattr(safesteer, "steer", lambda *_: nullcontext())
     with pytest.raises(ValueError, match="cannot be steered"):
         safesteer.find_refusal_direction(model, tokenizer, HARMFUL, HARMLESS, HARMLESS)
-
-
-@torch.no_grad()
-def test_resuming_at_a_block_gives_what_the_whole_model_gives(model, tokenizer, direction):
-    batch = safesteer.encode_chat(tokenizer, HARMLESS)
-    with safesteer.steer(model, direction):
-        whole = safesteer.forward(model, **batch).logits
-    trunk = [safesteer.forward(model, **batch, output_hidden_states=True).hidden_states[direction.layer]]
-    model.get_decoder().layers[0].mlp.down_proj.weight.fill_(torch.nan)  # the skipped blocks are not run
-    with safesteer.resume(model, direction.layer, trunk), safesteer.steer(model, direction):
-        assert torch.equal(whole, safesteer.forward(model, **batch).logits)
-    assert safesteer.forward(model, **batch).logits.isnan().all(), "and are back afterwards"
 
 
 def test_steering_leaves_the_model_as_it_was_also_after_an_exception(model, tokenizer, direction):
@@ -496,17 +506,6 @@ def test_a_system_prompt_is_put_before_the_prompt_where_the_template_refuses_a_s
     assert told.tolist() == asked.tolist()
 
 
-def test_a_direction_is_taken_up_again_only_by_a_run_with_the_same_model_and_data(tmp_path):
-    scores = torch.randn(2, 3)
-    found = safesteer.RefusalDirection(torch.randn(8), 2, -3, 0.125, scores)
-    safesteer.save_direction(found, path := tmp_path / "direction.safetensors", {"data": "a", "weights": "b"})
-    again = safesteer.load_direction(path, {"data": "a", "weights": "b"})
-    assert (again.layer, again.position, again.score) == (2, -3, 0.125)
-    assert torch.equal(again.vector, found.vector) and torch.equal(again.scores, scores)
-    assert safesteer.load_direction(path, {"data": "a", "weights": "c"}) is None
-    assert safesteer.load_direction(tmp_path / "none", {}) is None
-
-
 @pytest.mark.parametrize("model", [Qwen2Config], indirect=True)
 def test_the_anchor_keeps_the_student_at_the_base_on_harmless_prompts(model, tokenizer, direction):
     direction.vector *= 3
@@ -520,7 +519,7 @@ def test_the_anchor_keeps_the_student_at_the_base_on_harmless_prompts(model, tok
         anchor = {"harmless": HARMLESS, "anchor_weight": weight, "generalized": True}
         rows = safesteer.distill(student, model, tokenizer, HARMFUL, direction, None, **options, **anchor)
         with torch.no_grad():
-            last = [safesteer.forward(each, **batch).logits[:, -1:] for each in (student, model)]
+            last = [safesteer.forward(each, **batch).logits for each in (student, model)]
         drift[weight] = safesteer.localized_kl(*last, torch.ones(16, 1)).item()
         harm[weight] = rows[-1]["loss"] / rows[0]["loss"]
     assert drift[20.0] < 0.7 * drift[0.0], drift
@@ -575,47 +574,64 @@ def test_the_interval_is_where_the_score_test_does_not_reject():
 
 
 def test_the_guard_reads_both_turns_and_its_first_word_decides(model, tokenizer, monkeypatch):
-    seen = []
+    seen, attack = [], {"set": "harmful", "prompt": "Where is Oslo?", "expected": None}
     monkeypatch.setattr(safesteer.Rollouts, "texts", lambda rollouts, tokenizer: [seen.append(rollouts) or "unsafe S1"])
-    assert safesteer.is_unsafe(model, tokenizer, "Where is Oslo?", "In Norway.")
+    assert safesteer.judge(attack, "In Norway.", (model, tokenizer))
     text = tokenizer.decode(seen[0].input_ids[0][~seen[0].completion_mask[0]])
     assert "Where is Oslo?" in text and "In Norway." in text and text.index("Where") < text.index("In Norway")
     monkeypatch.setattr(safesteer.Rollouts, "texts", lambda rollouts, tokenizer: ["safe"])
-    assert not safesteer.is_unsafe(model, tokenizer, "Where is Oslo?", "In Norway.")
+    assert not safesteer.judge(attack, "In Norway.", (model, tokenizer))
 
 
-TESTS = {"harmful": HARMFUL, "harmless": HARMLESS, "borderline": HARMLESS[:3], "sums": ["1 + 1?", "1 + 2?"]}
+SETS = {"harmful": HARMFUL, "harmless": HARMLESS, "borderline": HARMLESS[:3], "sums": ["1 + 1?", "1 + 2?"]}
+TESTS = [{"set": name, "prompt": prompt, "expected": None} for name, prompts in SETS.items() for prompt in prompts]
+TESTS[-2]["expected"], TESTS[-1]["expected"] = "2", "help"
 
 
 @torch.no_grad()
 def test_the_base_has_no_distance_from_itself_and_the_teacher_has(model, tokenizer, direction):
-    key = {"sums": ["2", "3"]}
-    base = safesteer.evaluate(model, tokenizer, TESTS, key, max_new_tokens=5)
-    own = safesteer.evaluate(model, tokenizer, TESTS, key, base, max_new_tokens=5)
+    base = safesteer.evaluate(model, tokenizer, TESTS, max_new_tokens=5)
+    own = safesteer.evaluate(model, tokenizer, TESTS, base, max_new_tokens=5, batch_size=7)
     with safesteer.steer(model, direction):
-        steered = safesteer.evaluate(model, tokenizer, TESTS, key, base, max_new_tokens=5)
-    told = safesteer.evaluate(model, tokenizer, TESTS, key, base, system="Refuse.", max_new_tokens=5)
-    assert base.metrics["kl"] == base.metrics["shift"] == own.metrics["shift"] == 0
-    assert own.metrics["kl"] == pytest.approx(0, abs=1e-5)
+        steered = safesteer.evaluate(model, tokenizer, TESTS, base, max_new_tokens=5)
+    told = safesteer.evaluate(model, tokenizer, TESTS, base, system="Refuse.", max_new_tokens=5)
+    assert base.metrics["kl"] == base.metrics["shift"] == 0
+    assert own.metrics["kl"] == pytest.approx(0, abs=1e-4) and own.metrics["shift"] < 1e-4
+    assert own.answers == base.answers, "the batch size changes no answer"
     for other in (steered.metrics, told.metrics):
         assert other["kl"] > 0.01 and other["shift"] > 0.01
-    assert {name: base.metrics[name]["of"] for name in TESTS} == {name: len(asked) for name, asked in TESTS.items()}
+    assert {name: base.metrics[name]["of"] for name in SETS} == {name: len(asked) for name, asked in SETS.items()}
     alone = safesteer.sample_rollouts(model, tokenizer, HARMLESS[5:6], 5, greedy=True).texts(tokenizer)
-    assert base.answers["harmless"][5] == alone[0], "answers come back in the order of the prompts"
+    assert base.answers[len(HARMFUL) + 5] == alone[0], "answers come back in the order of the prompts"
     assert not model.get_output_embeddings()._forward_pre_hooks, "nothing stays hooked"
 
 
 @torch.no_grad()
+def test_the_kl_is_the_mean_over_tokens_and_answers_of_the_base(model, tokenizer, direction):
+    tests = [test for test in TESTS if test["set"] == "harmless"]
+    base = safesteer.evaluate(model, tokenizer, tests, max_new_tokens=5)
+    with safesteer.steer(model, direction):
+        found = safesteer.evaluate(model, tokenizer, tests, base, max_new_tokens=5)
+    kls = []
+    for prompt in HARMLESS:
+        answer = safesteer.sample_rollouts(model, tokenizer, [prompt], 5, greedy=True)
+        base_logits, mask = safesteer.completion_logits(model, answer)
+        with safesteer.steer(model, direction):
+            kls.append(safesteer.localized_kl(safesteer.completion_logits(model, answer)[0], base_logits, mask).item())
+    assert found.metrics["kl"] == pytest.approx(sum(kls) / len(kls), rel=1e-2)
+
+
+@torch.no_grad()
 def test_the_shift_is_the_distance_of_mean_last_states_in_spreads(model, tokenizer, direction):
-    prompts = {"harmless": HARMLESS}
+    tests = [test for test in TESTS if test["set"] == "harmless"]
 
     def states():
-        one = lambda prompt: safesteer.forward(model.get_decoder(), **safesteer.encode_chat(tokenizer, [prompt]))
-        return torch.stack([one(prompt).last_hidden_state[0, -1] for prompt in HARMLESS])
+        one = lambda prompt: safesteer.encode_chat(tokenizer, [prompt])["input_ids"]
+        return torch.stack([model.get_decoder()(one(prompt)).last_hidden_state[0, -1] for prompt in HARMLESS])
 
-    base, before = safesteer.evaluate(model, tokenizer, prompts, max_new_tokens=1), states()
+    base, before = safesteer.evaluate(model, tokenizer, tests, max_new_tokens=1), states()
     with safesteer.steer(model, direction):
-        steered, after = safesteer.evaluate(model, tokenizer, prompts, base=base, max_new_tokens=1), states()
+        steered, after = safesteer.evaluate(model, tokenizer, tests, base, max_new_tokens=1), states()
     spread = (before - before.mean(0)).norm(dim=1).square().mean().sqrt()
     expected = ((after.mean(0) - before.mean(0)).norm() / spread).item()
     assert steered.metrics["shift"] == pytest.approx(expected, rel=1e-3)
@@ -625,8 +641,8 @@ def test_what_is_counted_depends_on_the_set(model, tokenizer, monkeypatch):
     monkeypatch.setattr(
         safesteer.Rollouts, "texts", lambda rollouts, tokenizer: ["I cannot help with that."] * len(rollouts.input_ids)
     )
-    counts = safesteer.evaluate(model, tokenizer, TESTS, {"sums": ["2", "help"]}, max_new_tokens=1).metrics
-    assert [counts[name]["count"] for name in TESTS] == [0, len(HARMLESS), 3, 1]
+    counts = safesteer.evaluate(model, tokenizer, TESTS, max_new_tokens=1).metrics
+    assert [counts[name]["count"] for name in SETS] == [0, len(HARMLESS), 3, 1]
 
 
 @torch.no_grad()
@@ -672,7 +688,7 @@ def test_a_folder_of_somebody_else_is_not_written_to(tmp_path):
     folder = tmp_path / "qwen2.5-coder-0.5b-instruct"
     folder.mkdir()
     (folder / "thesis.txt").write_text("mine")
-    with pytest.raises(ValueError, match="not from here"):
+    with pytest.raises(ValueError, match="holds other files"):
         safesteer.main(["--out", str(tmp_path)])
     assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
 
@@ -700,15 +716,52 @@ def test_an_interrupted_run_says_so_and_leaves_what_was_there(tmp_path):
     assert "interrupted" in run.communicate()[1].decode().splitlines()[-1] and run.returncode == 130
 
 
+def tiny_run(model, tokenizer, folder):
+    """The command of a run of a few seconds on a tiny model, but for --out."""
+    for part in (model.to(torch.bfloat16), tokenizer):
+        part.save_pretrained(folder / "tiny")
+    flags = ["--model", folder / "tiny", *small_files(folder, {"harmful": 10, "harmless": 10})]
+    flags += ["--epochs", 1, "--batch-size", 5, "--learning-rate", 1e-3, "--max-new-tokens", 4, "--eval-limit", 3]
+    return list(map(str, flags))
+
+
+@pytest.mark.parametrize("model", [Qwen2Config], indirect=True)
+def test_a_run_that_was_killed_at_any_moment_ends_as_an_undisturbed_one(model, tokenizer, tmp_path):
+    command = [sys.executable, HERE / "safesteer.py", *tiny_run(model, tokenizer, tmp_path), "--out"]
+    start = time.time()
+    subprocess.run([*command, tmp_path / "whole"], check=True, capture_output=True)
+    seconds = time.time() - start
+    for _ in range(3):
+        run = subprocess.Popen([*command, tmp_path / "killed"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(random.uniform(0.4, 1) * seconds)
+        run.kill()
+        run.wait()
+        if (student := tmp_path / "killed" / "tiny" / "student").exists():
+            AutoModelForCausalLM.from_pretrained(student)
+            AutoTokenizer.from_pretrained(student)
+    subprocess.run([*command, tmp_path / "killed"], check=True, capture_output=True)
+    whole, killed = (
+        {path.relative_to(tmp_path / name): path.read_bytes() for path in (tmp_path / name).rglob("*") if path.is_file()}
+        for name in ("whole", "killed")
+    )
+    assert whole.keys() == killed.keys(), "nothing half-made is left"
+    for path, content in whole.items():
+        if path.suffix in (".safetensors", ".jsonl") or path.name == "safety_tokens.json":
+            assert killed[path] == content, path
+    reports = [json.loads(files[Path("tiny/report.json")]) for files in (whole, killed)]
+    assert all(reports[0][key] == reports[1][key] for key in ("settings", "weights", "steps", "epochs", "evaluation"))
+
+
 def test_prompts_that_stand_twice_or_are_trained_on_are_dropped(tmp_path, capsys):
     strides = {"harmful": 10, "harmless": 10, "borderline": 10}
     flags = list(map(str, small_files(tmp_path, strides)))
     own = HARMFUL[:2] + ["Say hello.", "Say hello."]
     (tmp_path / "own.jsonl").write_text("".join(json.dumps({"instruction": text}) + "\n" for text in own))
     settings = safesteer.read_settings([*flags, "--eval-set", f"own={tmp_path / 'own.jsonl'}"])
-    prompts, (sets, solutions) = safesteer.load_data(settings)
-    assert "Dropped 3 prompts" in capsys.readouterr().out and sets["own"] == ["Say hello."]
-    assert len(sets["capability"]) == len(solutions["capability"]) == 100 and len(prompts.harmful) == 10
+    prompts, tests = safesteer.load_data(settings)
+    assert "Dropped 3 prompts" in capsys.readouterr().out
+    assert [test["prompt"] for test in tests if test["set"] == "own"] == ["Say hello."]
+    assert sum(test["expected"] is not None for test in tests) == 100 and len(prompts.harmful) == 10
 
 
 def small_files(folder, strides):
@@ -721,14 +774,9 @@ def small_files(folder, strides):
 
 @pytest.mark.parametrize("model", [Qwen2Config], indirect=True)
 def test_compare_runs_every_ablation_and_none_twice(model, tokenizer, tmp_path, monkeypatch, capsys):
-    for part in (model.to(torch.bfloat16), tokenizer):
-        part.save_pretrained(tmp_path / "tiny")
     (tmp_path / "own.csv").write_text("goal\nSay hello.\n")
-    flags = ["--model", tmp_path / "tiny", "--out", tmp_path / "out"]
-    flags += small_files(tmp_path, {"harmful": 10, "harmless": 10})
-    flags += ["--epochs", 1, "--batch-size", 5, "--learning-rate", 1e-3, "--max-new-tokens", 4, "--eval-limit", 3]
-    flags += ["--eval-set", f"own={tmp_path / 'own.csv'}", "--judge", tmp_path / "tiny", "--compare"]
-    flags = list(map(str, flags))
+    flags = [*tiny_run(model, tokenizer, tmp_path), "--out", str(tmp_path / "out"), "--compare"]
+    flags += ["--eval-set", f"own={tmp_path / 'own.csv'}", "--judge", str(tmp_path / "tiny")]
     safesteer.main(flags)
     variants = ("paper", "paper-tokens-all", "paper-kl-forward", "paper-teacher-prompt")
     names = ("base", "teacher", "student", "prompted teacher", *variants)
@@ -759,11 +807,6 @@ def test_adapters_have_their_own_learning_rate_in_either_recipe_and_a_flag_overr
     assert rate() == rate(*paper, "--lora", "4") == 2e-4 and rate("--lora", "0") == rate(*paper) == 1e-5
     assert rate("--learning-rate", "3e-5") == rate(*paper, "--learning-rate", "3e-5", "--lora", "4") == 3e-5
     assert safesteer.read_settings([]).lora == 16 and safesteer.read_settings(paper).lora == 0
-
-
-def test_an_evaluation_set_needs_a_name(tmp_path):
-    with pytest.raises(ValueError, match="NAME=FILE_OR_ID"):
-        safesteer.load_sets("test", given=["prompts.csv"])
 
 
 def test_the_program_makes_a_student_that_transformers_loads(tmp_path):
