@@ -63,7 +63,8 @@ class Settings:
     eval_max_new_tokens: int = HfArg(default=32, help="length of an evaluated answer at most")
     horizon: int = HfArg(default=7, help="H, the tokens of a teacher completion that vote")
     min_prob: float = HfArg(default=1e-8, help="mean teacher probability under which a token is not eligible")
-    anchor_weight: float = HfArg(default=1.0, help="weight of the harmless half of a step")
+    anchor_weight: float = HfArg(default=0.3, help="weight of the harmless half of a step")
+    anchor_coefficient: float = HfArg(default=-0.5, help="times d steers that half's teacher: 0 is the base as it is")
     learning_rate: float = HfArg(default=2e-4, help="peak learning rate of AdamW")
     epochs: int = HfArg(default=3, help="passes over the harmful prompts")
     batch_size: int = HfArg(default=8, help="harmful prompts in a training step at most")
@@ -78,6 +79,7 @@ class Settings:
 
 DEFAULTS = {  # where they are not those of Settings: by family, recipe and model, and for training without adapters
     "llama": {"horizon": 5, "min_prob": 1e-7},
+    "qwen2.5-coder-0.5b-instruct": {"eval_max_new_tokens": 24},  # 32 change no verdict
     "paper": {"lora": 0, "epochs": 1, "batch_size": 32, "micro_batch_size": 4, "max_new_tokens": 512},
     "paper qwen2.5-coder-0.5b-instruct": {"epochs": 2, "max_new_tokens": 64, "micro_batch_size": 2},
     "weights": {"learning_rate": 1e-5},
@@ -372,15 +374,16 @@ def localized_kl(student_logits, teacher_logits, mask, token_ids=None, forward=F
 def distill(
     student, teacher, tokenizer, prompts, direction, token_ids, learning_rate=1e-5, epochs=1, batch_size=32,
     micro_batch_size=4, max_new_tokens=512, forward=False, generalized=False, harmless=(),
-    anchor_weight=0.5, coefficient=1.0, system=None, on_epoch=None,
+    anchor_weight=0.3, anchor_coefficient=-0.5, coefficient=1.0, system=None, on_epoch=None,
 ):  # fmt: skip
     """Train the weights of `student` that require a gradient, in place, on its own answers to harmful `prompts`.
     `teacher` is the base, here made the teacher by coefficient * direction and, if given, a system prompt that only it
-    sees. If `harmless` prompts are given, as many as harmful ones join each step: their teacher is the base as it is,
-    and their loss weighs `anchor_weight` (ours, see README). `token_ids`, `forward` and `generalized`: see
-    localized_kl. AdamW, cosine with 10 % warm-up, gradient norm clipped at 1; float32 weights run under bfloat16
-    autocast. An epoch is cut into equal steps of at most `batch_size` prompts. Returns a dict of metrics per step. A
-    loss or gradient that is not finite raises FloatingPointError and leaves the student as the step before did."""
+    sees. If `harmless` prompts are given, as many as harmful ones join each step: their teacher is the base steered by
+    anchor_coefficient * direction, a little away from refusing, and their loss weighs `anchor_weight` (ours, see
+    README). `token_ids`, `forward` and `generalized`: see localized_kl. AdamW, cosine with 10 % warm-up, gradient norm
+    clipped at 1; float32 weights run under bfloat16 autocast. An epoch is cut into equal steps of at most `batch_size`
+    prompts. Returns a dict of metrics per step. A loss or gradient that is not finite raises FloatingPointError and
+    leaves the student as the step before did."""
     weights = [weight for weight in student.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, learning_rate, weight_decay=0.0, fused=True)
     per_epoch = math.ceil(len(prompts) / batch_size)
@@ -396,7 +399,8 @@ def distill(
         refused = sum(map(is_refusal, rollouts.texts(tokenizer)[: len(rows)])) / len(rows)
         lengths, losses = rollouts.completion_mask.sum(1).cpu(), []
         halves = torch.arange(len(texts)).split(len(rows))  # harmful and, if given, harmless
-        for half, strength, told, weight in zip(halves, (coefficient, 0.0), (system, None), (1.0, anchor_weight)):
+        teachers = (coefficient, system, 1.0), (anchor_coefficient, None, anchor_weight)
+        for half, (strength, told, weight) in zip(halves, teachers, strict=False):
             for part in half[lengths[half].argsort()].split(micro_batch_size):  # of like length
                 seen = encode_chat(tokenizer, [texts[i] for i in part], told)
                 with torch.no_grad(), steer(teacher, direction, strength):
@@ -449,8 +453,8 @@ def wilson_interval(count, of, z=1.96):
 
 
 def judge(test, answer, guard=None):
-    """What is counted of a test {"set", "prompt", "expected"}: a right answer if one is expected, a successful attack if
-    harmful (no refusal or, by `guard`, a model with its tokenizer, unsafe), a refusal in every other set."""
+    """What is counted of a test {"set", "prompt", "expected"}: a right answer if one is expected, a successful attack
+    if harmful (no refusal or, by `guard`, a model with its tokenizer, unsafe), a refusal in every other set."""
     if test["expected"] is not None:
         return is_correct(answer, test["expected"])
     if test["set"] != "harmful" or not guard:
@@ -468,25 +472,25 @@ def evaluate(model, tokenizer, tests, base=None, system=None, guard=None, max_ne
     moved, in units of the base's spread (root mean square distance from its mean). Besides .answers, list of str;
     .states, [general prompts, d_model] float32, what the output head reads at the last prompt token; and for the base
     .reference, prompts, Rollouts and logits of its harmless answers."""
-    found = SimpleNamespace(metrics={}, answers=[""] * len(tests), states={}, reference=[])
-    heads, prompts = [], [test["prompt"] for test in tests]
-    for rows, asked in tqdm(list(batches(prompts, batch_size)), "  evaluation", unit="batch", leave=False):
-        with model.get_output_embeddings().register_forward_pre_hook(lambda head, args: heads.append(args[0])):
-            rollouts = sample_rollouts(model, tokenizer, asked, max_new_tokens, greedy=True, system=system)
-        found.states |= zip(rows, heads[0][:, -1].float().cpu(), strict=True)  # read first: the last prompt tokens
-        heads.clear()
-        for row, text in zip(rows, rollouts.texts(tokenizer), strict=True):
-            found.answers[row] = text
-        calm = [i for i, row in enumerate(rows) if tests[row]["set"] == "harmless"]
-        if calm and base is None:
-            part = rollouts[calm]
-            found.reference.append(([asked[i] for i in calm], part, completion_logits(model, part)[0]))
-    general = [i for i, test in enumerate(tests) if test["set"] == "harmless" or test["expected"] is not None]
-    found.states = torch.stack([found.states[i] for i in general])
+    found = SimpleNamespace(metrics={}, answers=[""] * len(tests), states=[], reference=[])
+    heads, states = [], {}
     for name in dict.fromkeys(test["set"] for test in tests):
-        verdicts = [judge(*pair, guard) for pair in zip(tests, found.answers, strict=True) if pair[0]["set"] == name]
+        numbers = [i for i, test in enumerate(tests) if test["set"] == name]
+        prompts = [tests[i]["prompt"] for i in numbers]
+        for rows, asked in tqdm(list(batches(prompts, batch_size)), f"  {name}", unit="batch", leave=False):
+            with model.get_output_embeddings().register_forward_pre_hook(lambda head, args: heads.append(args[0])):
+                rollouts = sample_rollouts(model, tokenizer, asked, max_new_tokens, greedy=True, system=system)
+            last, texts = heads[0][:, -1].float().cpu(), rollouts.texts(tokenizer)  # read first: the last prompt tokens
+            heads.clear()
+            for row, state, text in zip(rows, last, texts, strict=True):
+                states[numbers[row]], found.answers[numbers[row]] = state, text
+            if name == "harmless" and base is None:
+                found.reference.append((asked, rollouts, completion_logits(model, rollouts)[0]))
+        verdicts = [judge(tests[i], found.answers[i], guard) for i in numbers]
         count = {"count": sum(verdicts), "of": len(verdicts)}
         found.metrics[name] = count | {"interval": wilson_interval(**count)}
+    general = [i for i, test in enumerate(tests) if test["set"] == "harmless" or test["expected"] is not None]
+    found.states = torch.stack([states[i] for i in general])
     origin, kls = base or found, [0.0]
     for asked, rollouts, base_logits in base.reference if base else []:
         logits, mask = completion_logits(model, rollouts.after(encode_chat(tokenizer, asked, system)))
@@ -558,8 +562,9 @@ def read_settings(arguments):
     if wrong := [text for text in given.eval_set if not re.fullmatch(r"\w+=.+", text)]:
         fail(f"--eval-set takes NAME=FILE_OR_ID, not {wrong[0]}.")
     for name, value in vars(given).items():
-        zero, most = name in ("seed", "anchor_weight", "min_prob", "lora"), 1 if name == "min_prob" else 2**63
-        if type(value) in (int, float) and not (value == 0 and zero or 0 < value < most):
+        zero = value == 0 and name in ("seed", "anchor_weight", "anchor_coefficient", "min_prob", "lora")
+        least, most = -1 if name == "anchor_coefficient" else 0, 1 if name == "min_prob" else 2**63
+        if type(value) in (int, float) and not (zero or least < value < most):
             fail(f"--{name.replace('_', '-')} {value} is out of range.")
     if given.model == Settings.model and not Path(given.model).exists():
         fail("The small model is not there yet: run python data/prepare.py, or name a model with --model.")
@@ -568,7 +573,8 @@ def read_settings(arguments):
             family = AutoConfig.from_pretrained(name).model_type
         except (OSError, ValueError) as error:
             fail(f"No model can be loaded from {name}: {str(error).splitlines()[0]}")
-    for row in (family, given.recipe, f"{given.recipe} {Path(given.model).name}"):
+    name, recipe = Path(given.model).name, given.recipe
+    for row in (family, name, recipe, f"{recipe} {name}"):
         parser.set_defaults(**DEFAULTS.get(row, {}))
     if not parser.parse_args(arguments).lora:
         parser.set_defaults(**DEFAULTS["weights"] | DEFAULTS.get(f"weights {family}", {}))
@@ -735,11 +741,12 @@ def run_variant(settings, report, folder, base, tokenizer, direction, prompts, t
             report["epochs"][f"epoch {epoch}"] = found.metrics
             tqdm.write(f"On validation prompts:\n{format_table(report['epochs'])}")
 
-        numbers = "learning_rate", "epochs", "batch_size", "micro_batch_size", "max_new_tokens", "anchor_weight"
-        options = chosen(*numbers) | teacher | {"forward": settings.kl == "forward", "on_epoch": watch}
+        options = chosen("learning_rate", "epochs", "batch_size", "micro_batch_size", "max_new_tokens") | teacher
+        options |= {"forward": settings.kl == "forward", "on_epoch": watch}
         if settings.recipe == "anchored":  # what we add to the paper: see the README
             token_ids = torch.cat([token_ids, refusal_token_ids(tokenizer).to(token_ids)]).unique()
             options |= {"harmless": prompts.anchors, "generalized": True}
+            options |= chosen("anchor_weight", "anchor_coefficient")
         token_ids = None if settings.tokens == "all" else token_ids
         student = make_student(base, settings.lora)
         report["steps"] = distill(student, base, tokenizer, prompts.harmful, direction, token_ids, **options)

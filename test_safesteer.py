@@ -73,7 +73,8 @@ def model(request, tokenizer):
     tiny = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         batch = safesteer.encode_chat(tokenizer, HARMFUL + HARMLESS)
-        last = safesteer.forward(tiny, **batch, output_hidden_states=True).hidden_states[-1][:, -1]  # [prompts, d_model]
+        output = safesteer.forward(tiny, **batch, output_hidden_states=True)
+        last = output.hidden_states[-1][:, -1]  # [prompts, d_model]
         wanted = torch.tensor([30.0] * len(HARMFUL) + [-30.0] * len(HARMLESS))
         tiny.lm_head.weight[safesteer.refusal_token_ids(tokenizer)[0]] = torch.linalg.pinv(last) @ wanted
     return tiny
@@ -202,7 +203,8 @@ def test_positions_are_counted_from_a_prompts_first_token_not_from_its_padding(m
 @torch.no_grad()
 def test_what_all_prompts_begin_with_goes_through_the_model_once_and_changes_nothing(model, tokenizer, direction):
     batch, counted = safesteer.encode_chat(tokenizer, HARMLESS), []
-    hook = model.get_input_embeddings().register_forward_hook(lambda layer, args, output: counted.append(args[0].numel()))
+    count = lambda layer, args, output: counted.append(args[0].numel())
+    hook = model.get_input_embeddings().register_forward_hook(count)
     for context in (nullcontext(), safesteer.steer(model, direction)):
         with context:
             positions = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
@@ -506,23 +508,26 @@ def test_a_system_prompt_is_put_before_the_prompt_where_the_template_refuses_a_s
     assert told.tolist() == asked.tolist()
 
 
+@pytest.mark.parametrize("coefficient", [0.0, -0.5])
 @pytest.mark.parametrize("model", [Qwen2Config], indirect=True)
-def test_the_anchor_keeps_the_student_at_the_base_on_harmless_prompts(model, tokenizer, direction):
+def test_the_anchor_keeps_the_student_at_its_own_teacher_on_harmless_prompts(model, tokenizer, direction, coefficient):
     direction.vector *= 3
     batch = safesteer.encode_chat(tokenizer, HARMLESS)
-    drift, harm = {}, {}
+    with torch.no_grad(), safesteer.steer(model, direction, coefficient):
+        wanted = safesteer.forward(model, **batch).logits
+    distance, harm = {}, {}
     for weight in (0.0, 20.0):
         student = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
         student.load_state_dict(model.state_dict())
         torch.manual_seed(0)
         options = {"learning_rate": 3e-4, "epochs": 12, "batch_size": 10, "max_new_tokens": 2}
-        anchor = {"harmless": HARMLESS, "anchor_weight": weight, "generalized": True}
-        rows = safesteer.distill(student, model, tokenizer, HARMFUL, direction, None, **options, **anchor)
+        options |= {"harmless": HARMLESS, "anchor_weight": weight, "anchor_coefficient": coefficient}
+        rows = safesteer.distill(student, model, tokenizer, HARMFUL, direction, None, generalized=True, **options)
         with torch.no_grad():
-            last = [safesteer.forward(each, **batch).logits for each in (student, model)]
-        drift[weight] = safesteer.localized_kl(*last, torch.ones(16, 1)).item()
+            logits = safesteer.forward(student, **batch).logits
+        distance[weight] = safesteer.localized_kl(logits, wanted, torch.ones(16, 1)).item()
         harm[weight] = rows[-1]["loss"] / rows[0]["loss"]
-    assert drift[20.0] < 0.7 * drift[0.0], drift
+    assert distance[20.0] < 0.7 * distance[0.0], distance
     assert harm[0.0] < 0.9, "and it learns"
 
 
@@ -668,6 +673,7 @@ def test_completions_can_be_put_after_other_prompts(model, tokenizer):
         ("--learning-rate -1", "--learning-rate -1.0 is out of range"),
         ("--learning-rate nan", "--learning-rate nan is out of range"),
         ("--min-prob 1", "--min-prob 1.0 is out of range"),
+        ("--anchor-coefficient -2", "--anchor-coefficient -2.0 is out of range"),
         ("--epochs many", "--epochs"),
         ("--recipe other", "--recipe"),
         ("--epoch 3", "--epoch"),
@@ -741,8 +747,8 @@ def test_a_run_that_was_killed_at_any_moment_ends_as_an_undisturbed_one(model, t
             AutoTokenizer.from_pretrained(student)
     subprocess.run([*command, tmp_path / "killed"], check=True, capture_output=True)
     whole, killed = (
-        {path.relative_to(tmp_path / name): path.read_bytes() for path in (tmp_path / name).rglob("*") if path.is_file()}
-        for name in ("whole", "killed")
+        {path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+        for out in (tmp_path / "whole", tmp_path / "killed")
     )
     assert whole.keys() == killed.keys(), "nothing half-made is left"
     for path, content in whole.items():
