@@ -35,6 +35,7 @@ import transformers
 from jinja2 import TemplateError
 from matplotlib.figure import Figure
 from peft import LoraConfig, PeftModel
+from peft.helpers import disable_input_dtype_casting
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
@@ -63,13 +64,13 @@ class Settings:
     eval_max_new_tokens: int = HfArg(default=32, help="length of an evaluated answer at most")
     horizon: int = HfArg(default=7, help="H, the tokens of a teacher completion that vote")
     min_prob: float = HfArg(default=1e-8, help="mean teacher probability under which a token is not eligible")
-    anchor_weight: float = HfArg(default=0.3, help="weight of the harmless half of a step")
+    anchor_weight: float = HfArg(default=0.2, help="weight of the harmless half of a step")
     anchor_coefficient: float = HfArg(default=-0.5, help="times d steers that half's teacher: 0 is the base as it is")
     learning_rate: float = HfArg(default=2e-4, help="peak learning rate of AdamW")
     epochs: int = HfArg(default=3, help="passes over the harmful prompts")
     batch_size: int = HfArg(default=8, help="harmful prompts in a training step at most")
     micro_batch_size: int = HfArg(default=8, help="rollouts in one forward pass of training: fewer need less memory")
-    max_new_tokens: int = HfArg(default=12, help="length of a rollout at most")
+    max_new_tokens: int = HfArg(default=8, help="length of a rollout at most")
     lora: int = HfArg(default=16, help="rank of the adapters to train; 0 trains a copy of the blocks in float32")
     device_map: str = HfArg(default="", help="auto spreads a model that is larger than one GPU")
     seed: int = HfArg(default=0, help="seed of every random choice")
@@ -79,7 +80,7 @@ class Settings:
 
 DEFAULTS = {  # where they are not those of Settings: by family, recipe and model, and for training without adapters
     "llama": {"horizon": 5, "min_prob": 1e-7},
-    "qwen2.5-coder-0.5b-instruct": {"eval_max_new_tokens": 24},  # 32 change no verdict
+    "qwen2.5-coder-0.5b-instruct": {"eval_max_new_tokens": 20},  # 32 change no verdict
     "paper": {"lora": 0, "epochs": 1, "batch_size": 32, "micro_batch_size": 4, "max_new_tokens": 512},
     "paper qwen2.5-coder-0.5b-instruct": {"epochs": 2, "max_new_tokens": 64, "micro_batch_size": 2},
     "weights": {"learning_rate": 1e-5},
@@ -210,7 +211,7 @@ def refusal_scores(model, tokenizer, prompts, batch_size=32, states=None):
 def find_refusal_direction(model, tokenizer, harmful, harmless, validation, batch_size=32):
     """Find d = mean h(refused harmful prompts) - mean h(answered harmless ones), h a block's input: a RefusalDirection.
     Candidates: the template's tokens after the instruction, at the first 80 % of blocks. The one that, added, makes the
-    held-out harmless `validation` prompts most refused is taken (after Arditi et al., arXiv 2406.11717): every fourth
+    held-out harmless `validation` prompts most refused is taken (after Arditi et al., arXiv 2406.11717): every eighth
     prompt picks the best eighth of them, all prompts the best one. Raises ValueError if the model refuses no harmful
     prompt or answers no harmless one: then there is nothing to steer by."""
     two = encode_chat(tokenizer, ["a", "b"])["input_ids"]
@@ -228,7 +229,7 @@ def find_refusal_direction(model, tokenizer, harmful, harmless, validation, batc
     vectors = (means[0] - means[1]).float().flatten(0, 1)  # [candidates, d_model]
     scores = torch.full((len(vectors),), -math.inf)
     score = lambda asked: refusal_scores(model, tokenizer, asked, batch_size).mean()
-    for asked, most in ((validation[::4], len(scores)), (validation, math.ceil(len(scores) / 8))):
+    for asked, most in ((validation[::8], len(scores)), (validation, math.ceil(len(scores) / 8))):
         finalists = scores.topk(most).indices.tolist()
         for i in (bar := tqdm(finalists, "1 direction", unit="candidate")):
             with steer(model, RefusalDirection(vectors[i], i % layers)):
@@ -324,7 +325,7 @@ def vote_safety_tokens(
         barred[ineligible] = True
     votes = torch.zeros_like(barred, dtype=torch.long)
     for t, b in zip(teacher.split(64), base.split(64), strict=True):
-        lift = t.float().log_softmax(-1) - b.float().log_softmax(-1)
+        lift = t.float() - b.float()  # but for the normalisers, which change no order within a position
         lifted = lift.masked_fill(barred, -math.inf).topk(min(votes_per_position, len(votes))).indices
         votes += lifted.flatten().bincount(minlength=len(votes))
     votes, ids = votes.masked_fill(barred, 0).topk(min(k, len(votes)))
@@ -374,7 +375,7 @@ def localized_kl(student_logits, teacher_logits, mask, token_ids=None, forward=F
 def distill(
     student, teacher, tokenizer, prompts, direction, token_ids, learning_rate=1e-5, epochs=1, batch_size=32,
     micro_batch_size=4, max_new_tokens=512, forward=False, generalized=False, harmless=(),
-    anchor_weight=0.3, anchor_coefficient=-0.5, coefficient=1.0, system=None, on_epoch=None,
+    anchor_weight=0.2, anchor_coefficient=-0.5, coefficient=1.0, system=None, on_epoch=None,
 ):  # fmt: skip
     """Train the weights of `student` that require a gradient, in place, on its own answers to harmful `prompts`.
     `teacher` is the base, here made the teacher by coefficient * direction and, if given, a system prompt that only it
@@ -464,7 +465,7 @@ def judge(test, answer, guard=None):
 
 
 @torch.no_grad()
-def evaluate(model, tokenizer, tests, base=None, system=None, guard=None, max_new_tokens=32, batch_size=32):
+def evaluate(model, tokenizer, tests, base=None, system=None, guard=None, max_new_tokens=32, batch_size=50):
     """Measure greedy answers to `tests`, a list of {"set", "prompt", "expected"}; `steer` the model or give `system`
     for a teacher. In .metrics, by set: what `judge` counts, of how many, with its 95 % interval. Against `base`, what
     this returns for the base: "kl", mean KL(model || base) in nats per token of the base's answers to "harmless"
@@ -472,8 +473,8 @@ def evaluate(model, tokenizer, tests, base=None, system=None, guard=None, max_ne
     moved, in units of the base's spread (root mean square distance from its mean). Besides .answers, list of str;
     .states, [general prompts, d_model] float32, what the output head reads at the last prompt token; and for the base
     .reference, prompts, Rollouts and logits of its harmless answers."""
-    found = SimpleNamespace(metrics={}, answers=[""] * len(tests), states=[], reference=[])
-    heads, states = [], {}
+    found = SimpleNamespace(metrics={}, answers=[""] * len(tests), states=None, reference=[])
+    heads, states = [], torch.empty(len(tests), model.config.get_text_config().hidden_size)
     for name in dict.fromkeys(test["set"] for test in tests):
         numbers = [i for i, test in enumerate(tests) if test["set"] == name]
         prompts = [tests[i]["prompt"] for i in numbers]
@@ -490,7 +491,7 @@ def evaluate(model, tokenizer, tests, base=None, system=None, guard=None, max_ne
         count = {"count": sum(verdicts), "of": len(verdicts)}
         found.metrics[name] = count | {"interval": wilson_interval(**count)}
     general = [i for i, test in enumerate(tests) if test["set"] == "harmless" or test["expected"] is not None]
-    found.states = torch.stack([states[i] for i in general])
+    found.states = states[general]
     origin, kls = base or found, [0.0]
     for asked, rollouts, base_logits in base.reference if base else []:
         logits, mask = completion_logits(model, rollouts.after(encode_chat(tokenizer, asked, system)))
@@ -732,12 +733,12 @@ def run_variant(settings, report, folder, base, tokenizer, direction, prompts, t
     token_ids = torch.tensor([row["id"] for row in rows], device=base.device)
     torch.manual_seed(settings.seed)
     with timed(report, "3 distillation"):
-        probe = load_tests("validation")
-        origin = known["validation"] = known.get("validation") or evaluate(base, tokenizer, probe, max_new_tokens=16)
+        probe = load_tests("validation", 30)
+        origin = known["validation"] = known.get("validation") or evaluate(base, tokenizer, probe, max_new_tokens=12)
         report["epochs"] = {"base": origin.metrics}
 
         def watch(epoch):
-            found = evaluate(student, tokenizer, probe, base=origin, max_new_tokens=16)
+            found = evaluate(student, tokenizer, probe, base=origin, max_new_tokens=12)
             report["epochs"][f"epoch {epoch}"] = found.metrics
             tqdm.write(f"On validation prompts:\n{format_table(report['epochs'])}")
 
@@ -749,7 +750,8 @@ def run_variant(settings, report, folder, base, tokenizer, direction, prompts, t
             options |= chosen("anchor_weight", "anchor_coefficient")
         token_ids = None if settings.tokens == "all" else token_ids
         student = make_student(base, settings.lora)
-        report["steps"] = distill(student, base, tokenizer, prompts.harmful, direction, token_ids, **options)
+        with disable_input_dtype_casting(student):  # autocast would cast the input of every adapter back
+            report["steps"] = distill(student, base, tokenizer, prompts.harmful, direction, token_ids, **options)
         save_student(student, tokenizer, folder, settings.model, settings.lora)
     with timed(report, "4 evaluation"):
         guard = load_model(settings.judge) if settings.judge else None
@@ -758,7 +760,7 @@ def run_variant(settings, report, folder, base, tokenizer, direction, prompts, t
         if settings.teacher not in known:
             with steer(base, direction, teacher["coefficient"]):
                 known[settings.teacher] = evaluate(base, tokenizer, tests, system=teacher["system"], **options)
-        trained = evaluate(student, tokenizer, tests, **options)
+        trained = evaluate(student.to(torch.bfloat16), tokenizer, tests, **options)
     found = {"base": known["base"], "teacher": known[settings.teacher], "student": trained}
     write_results(folder, report, tests, found)
 
