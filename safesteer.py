@@ -64,7 +64,7 @@ class Settings:
     eval_max_new_tokens: int = HfArg(default=32, help="length of an evaluated answer at most")
     horizon: int = HfArg(default=7, help="H, the tokens of a teacher completion that vote")
     min_prob: float = HfArg(default=1e-8, help="mean teacher probability under which a token is not eligible")
-    anchor_weight: float = HfArg(default=0.05, help="weight of the harmless half of a step")
+    anchor_weight: float = HfArg(default=0.1, help="weight of the harmless half of a step")
     anchor_coefficient: float = HfArg(default=-0.5, help="times d steers that half's teacher: 0 is the base as it is")
     learning_rate: float = HfArg(default=2e-4, help="peak learning rate of AdamW")
     epochs: int = HfArg(default=3, help="passes over the harmful prompts")
@@ -375,7 +375,7 @@ def localized_kl(student_logits, teacher_logits, mask, token_ids=None, forward=F
 def distill(
     student, teacher, tokenizer, prompts, direction, token_ids, learning_rate=1e-5, epochs=1, batch_size=32,
     micro_batch_size=4, max_new_tokens=512, forward=False, generalized=False, harmless=(),
-    anchor_weight=0.05, anchor_coefficient=-0.5, coefficient=1.0, system=None, on_epoch=None,
+    anchor_weight=0.1, anchor_coefficient=-0.5, coefficient=1.0, system=None, on_epoch=None,
 ):  # fmt: skip
     """Train the weights of `student` that require a gradient, in place, on its own answers to harmful `prompts`.
     `teacher` is the base, here made the teacher by coefficient * direction and, if given, a system prompt that only it
