@@ -569,7 +569,7 @@ def read_settings(arguments):
             fail(f"--{name.replace('_', '-')} {value} is out of range.")
     if given.model == Settings.model and not Path(given.model).exists():
         fail("The small model is not there yet: run python data/prepare.py, or name a model with --model.")
-    for name in filter(None, (given.judge, given.model)):
+    for name in (given.judge, given.model) if given.judge else (given.model,):
         try:
             family = AutoConfig.from_pretrained(name).model_type
         except (OSError, ValueError) as error:
@@ -609,6 +609,8 @@ def load_data(settings):
         print(f"Dropped {dropped} prompts: duplicates, and test prompts that stand in a training file.")
     if lost := {test["set"] for test in tests} - {name for name, _ in kept}:
         raise ValueError(f"Nothing is left of the test set {min(lost)}: all its prompts stand in a training file.")
+    if len(harmless) < 2:
+        raise ValueError("--harmless needs two prompts at least: some choose the direction that the others give.")
     torch.manual_seed(settings.seed)
     shuffled = [harmless[i] for i in torch.randperm(len(harmless))]
     held_out = math.ceil(len(shuffled) / 5)  # 32 of 160
@@ -679,8 +681,10 @@ def save_student(student, tokenizer, folder, base_name, lora=0):
 def kept_report(folder, made_with, overwrite=False):
     """The report that a run with the same settings, versions, prompts and weights left in a folder, finished or not, {}
     if there is none; raises ValueError where there is something else and no leave to overwrite it."""
-    path = folder / "report.json"
-    report = json.loads(path.read_text("utf-8")) if path.exists() and not overwrite else {}
+    try:
+        report = {} if overwrite else json.loads((folder / "report.json").read_text("utf-8"))
+    except (OSError, ValueError):  # there is none, or it is not ours
+        report = {}
     if any(folder.glob("[!.]*")) and not (overwrite or made_with.items() <= report.items()):
         raise ValueError(f"{folder} holds other files or results of other settings: choose --out, or --overwrite.")
     return report

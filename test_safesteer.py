@@ -679,6 +679,7 @@ def test_completions_can_be_put_after_other_prompts(model, tokenizer):
         ("--epoch 3", "--epoch"),
         ("--eval-limit 1000", "more than there are"),
         ("--eval-set prompts.csv", "NAME=FILE_OR_ID"),
+        ("--model=", "No model can be loaded"),
     ],
 )
 def test_a_wrong_input_costs_one_sentence(tmp_path, monkeypatch, flags, complaint):
@@ -697,6 +698,17 @@ def test_a_folder_of_somebody_else_is_not_written_to(tmp_path):
     with pytest.raises(ValueError, match="holds other files"):
         safesteer.main(["--out", str(tmp_path)])
     assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
+
+
+def test_a_report_that_is_not_ours_is_left_alone(tmp_path):
+    (tmp_path / "report.json").write_text("{half")
+    with pytest.raises(ValueError, match="holds other files"):
+        safesteer.kept_report(tmp_path, {"settings": {}})
+    assert safesteer.kept_report(tmp_path, {"settings": {}}, overwrite=True) == {}
+    (tmp_path / "report.json").write_text('{"settings": {"seed": 1}, "stages": {}}')
+    assert safesteer.kept_report(tmp_path, {"settings": {"seed": 1}}) == {"settings": {"seed": 1}, "stages": {}}
+    with pytest.raises(ValueError, match="other settings"):
+        safesteer.kept_report(tmp_path, {"settings": {"seed": 2}})
 
 
 def test_an_interrupted_run_says_so_and_leaves_what_was_there(tmp_path):
