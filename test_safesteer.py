@@ -513,9 +513,10 @@ def test_a_system_prompt_is_put_before_the_prompt_where_the_template_refuses_a_s
 def test_the_anchor_keeps_the_student_at_its_own_teacher_on_harmless_prompts(model, tokenizer, direction, coefficient):
     direction.vector *= 3
     batch = safesteer.encode_chat(tokenizer, HARMLESS)
-    with torch.no_grad(), safesteer.steer(model, direction, coefficient):
-        wanted = safesteer.forward(model, **batch).logits
-    distance, harm = {}, {}
+    wanted, distance, harm = {}, {}, {}
+    for each in (0.0, -0.5):
+        with torch.no_grad(), safesteer.steer(model, direction, each):
+            wanted[each] = safesteer.forward(model, **batch).logits
     for weight in (0.0, 20.0):
         student = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
         student.load_state_dict(model.state_dict())
@@ -525,9 +526,11 @@ def test_the_anchor_keeps_the_student_at_its_own_teacher_on_harmless_prompts(mod
         rows = safesteer.distill(student, model, tokenizer, HARMFUL, direction, None, generalized=True, **options)
         with torch.no_grad():
             logits = safesteer.forward(student, **batch).logits
-        distance[weight] = safesteer.localized_kl(logits, wanted, torch.ones(16, 1)).item()
+        to = {each: safesteer.localized_kl(logits, wanted[each], torch.ones(16, 1)).item() for each in wanted}
+        distance[weight] = to[coefficient]
         harm[weight] = rows[-1]["loss"] / rows[0]["loss"]
     assert distance[20.0] < 0.7 * distance[0.0], distance
+    assert min(to, key=to.get) == coefficient, "and not at the other one"
     assert harm[0.0] < 0.9, "and it learns"
 
 
