@@ -473,8 +473,8 @@ def evaluate(model, tokenizer, tests, base=None, system=None, guard=None, max_ne
     moved, in units of the base's spread (root mean square distance from its mean). Besides .answers, list of str;
     .states, [general prompts, d_model] float32, what the output head reads at the last prompt token; and for the base
     .reference, prompts, Rollouts and logits of its harmless answers."""
-    found = SimpleNamespace(metrics={}, answers=[""] * len(tests), states=None, reference=[])
-    heads, states = [], torch.empty(len(tests), model.config.get_text_config().hidden_size)
+    found, heads = SimpleNamespace(metrics={}, answers=[""] * len(tests), reference=[]), []
+    found.states = torch.empty(len(tests), model.config.get_text_config().hidden_size)
     for name in dict.fromkeys(test["set"] for test in tests):
         numbers = [i for i, test in enumerate(tests) if test["set"] == name]
         prompts = [tests[i]["prompt"] for i in numbers]
@@ -484,21 +484,21 @@ def evaluate(model, tokenizer, tests, base=None, system=None, guard=None, max_ne
             last, texts = heads[0][:, -1].float().cpu(), rollouts.texts(tokenizer)  # read first: the last prompt tokens
             heads.clear()
             for row, state, text in zip(rows, last, texts, strict=True):
-                states[numbers[row]], found.answers[numbers[row]] = state, text
+                found.states[numbers[row]], found.answers[numbers[row]] = state, text
             if name == "harmless" and base is None:
                 found.reference.append((asked, rollouts, completion_logits(model, rollouts)[0]))
         verdicts = [judge(tests[i], found.answers[i], guard) for i in numbers]
         count = {"count": sum(verdicts), "of": len(verdicts)}
         found.metrics[name] = count | {"interval": wilson_interval(**count)}
     general = [i for i, test in enumerate(tests) if test["set"] == "harmless" or test["expected"] is not None]
-    found.states = states[general]
-    origin, kls = base or found, [0.0]
+    found.states = found.states[general]
+    origin, kls = base or found, []
     for asked, rollouts, base_logits in base.reference if base else []:
         logits, mask = completion_logits(model, rollouts.after(encode_chat(tokenizer, asked, system)))
         kls += [localized_kl(*(x[None] for x in row)).item() for row in zip(logits, base_logits, mask, strict=True)]
     mean, spread = origin.states.mean(0), origin.states.var(0, correction=0).sum().sqrt()
     shift = ((found.states.mean(0) - mean).norm() / spread).item()
-    found.metrics |= {"kl": sum(kls) / max(1, len(kls) - 1), "shift": shift}
+    found.metrics |= {"kl": sum(kls) / max(1, len(kls)), "shift": shift}
     return found
 
 
@@ -735,7 +735,7 @@ def run_variant(settings, report, folder, base, tokenizer, direction, prompts, t
     if len(rows) < 50:
         warnings.warn(f"Only {len(rows)} safety tokens of 50 got a vote.", stacklevel=2)
     token_ids = torch.tensor([row["id"] for row in rows], device=base.device)
-    torch.manual_seed(settings.seed)
+    torch.manual_seed(settings.seed)  # the same draws whether the tokens were elected or taken up again
     with timed(report, "3 distillation"):
         probe = load_tests("validation", 25)
         origin = known["validation"] = known.get("validation") or evaluate(base, tokenizer, probe, max_new_tokens=12)

@@ -599,13 +599,14 @@ TESTS[-2]["expected"], TESTS[-1]["expected"] = "2", "help"
 @torch.no_grad()
 def test_the_base_has_no_distance_from_itself_and_the_teacher_has(model, tokenizer, direction):
     base = safesteer.evaluate(model, tokenizer, TESTS, max_new_tokens=5)
-    own = safesteer.evaluate(model, tokenizer, TESTS, base, max_new_tokens=5, batch_size=7)
+    own = safesteer.evaluate(model, tokenizer, TESTS, base, max_new_tokens=5)
+    smaller = safesteer.evaluate(model, tokenizer, TESTS, base, max_new_tokens=5, batch_size=7)
     with safesteer.steer(model, direction):
         steered = safesteer.evaluate(model, tokenizer, TESTS, base, max_new_tokens=5)
     told = safesteer.evaluate(model, tokenizer, TESTS, base, system="Refuse.", max_new_tokens=5)
-    assert base.metrics["kl"] == base.metrics["shift"] == 0
-    assert own.metrics["kl"] == pytest.approx(0, abs=1e-4) and own.metrics["shift"] < 1e-4
-    assert own.answers == base.answers, "the batch size changes no answer"
+    assert base.metrics["kl"] == base.metrics["shift"] == own.metrics["shift"] == 0
+    assert own.metrics["kl"] == pytest.approx(0, abs=1e-5)
+    assert smaller.answers == base.answers, "the batch size changes no answer"
     for other in (steered.metrics, told.metrics):
         assert other["kl"] > 0.01 and other["shift"] > 0.01
     assert {name: base.metrics[name]["of"] for name in SETS} == {name: len(asked) for name, asked in SETS.items()}
