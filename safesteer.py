@@ -261,16 +261,12 @@ class Rollouts:
     attention_mask: torch.Tensor  # 0 on the padding before a prompt and after a completion
     completion_mask: torch.Tensor  # True on a completion's tokens up to and including its end of turn
 
-    def __getitem__(self, rows):
-        """Some of the rollouts, without the columns where they have only padding."""
-        used = self.attention_mask[rows].any(0)
-        return Rollouts(*(x[rows][:, used] for x in (self.input_ids, self.attention_mask, self.completion_mask)))
-
-    def after(self, batch):
-        """The same completions after other prompts, a batch of encode_chat with as many rows."""
+    def after(self, batch, rows=slice(None)):
+        """The completions, or those of some `rows`, after other prompts: a batch of encode_chat with as many rows."""
         new = {name: tensor.to(self.input_ids.device) for name, tensor in batch.items()}
         pairs = zip((*new.values(), torch.zeros_like(new["input_ids"]) > 0), vars(self).values(), strict=True)
-        return Rollouts(*(torch.cat([x, y[:, -self.completion_mask.any(0).sum() :]], 1) for x, y in pairs))
+        used = self.completion_mask[rows].any(0)  # no column in which all have ended
+        return Rollouts(*(torch.cat([x, y[rows][:, used]], 1) for x, y in pairs))
 
     def texts(self, tokenizer):
         """The completions as a list of n str."""
@@ -403,11 +399,12 @@ def distill(
         teachers = (coefficient, system, 1.0), (anchor_coefficient, None, anchor_weight)
         for half, (strength, told, weight) in zip(halves, teachers, strict=False):
             for part in half[lengths[half].argsort()].split(micro_batch_size):  # of like length
-                seen = encode_chat(tokenizer, [texts[i] for i in part], told)
+                asked = [texts[i] for i in part]
+                own, seen = (rollouts.after(encode_chat(tokenizer, asked, turn), part) for turn in (None, told))
                 with torch.no_grad(), steer(teacher, direction, strength):
-                    teacher_logits, mask = completion_logits(teacher, rollouts[part].after(seen))
+                    teacher_logits, mask = completion_logits(teacher, seen)
                 with autocast():
-                    student_logits, _ = completion_logits(student, rollouts[part])
+                    student_logits, _ = completion_logits(student, own)
                 loss = localized_kl(student_logits, teacher_logits, mask, token_ids, forward, generalized)
                 loss = weight * loss * len(part) / len(half)
                 loss.backward()
@@ -584,14 +581,17 @@ def read_settings(arguments):
 
 def load_tests(split, limit=None, given=()):
     """The "test" or "validation" sets as a list of {"set", "prompt", "expected"}, from data/ or where `given`, a list
-    of NAME=FILE_OR_ID, says; expected is None but for capability. Raises ValueError if no set has `limit` prompts."""
+    of NAME=FILE_OR_ID, says; expected is None but for capability. Of a set with more than `limit` prompts so many are
+    taken at even distances, for files are sorted by category. Raises ValueError if no set has `limit` prompts."""
     sources = {name: DATA / f"{name}_{split}.jsonl" for name in ("harmful", "harmless", "borderline", "capability")}
     tests, sizes = [], [100]
     for name, source in (sources | dict(text.split("=", 1) for text in given)).items():
-        prompts = load_prompts(source, limit)
-        expected = load_prompts(source, limit, ("answer",)) if name == "capability" else [None] * len(prompts)
-        tests += [{"set": name, "prompt": x, "expected": y} for x, y in zip(prompts, expected, strict=True)]
-        sizes.append(len(prompts))
+        prompts = load_prompts(source)
+        expected = load_prompts(source, columns=("answer",)) if name == "capability" else [None] * len(prompts)
+        rows = [{"set": name, "prompt": x, "expected": y} for x, y in zip(prompts, expected, strict=True)]
+        count = min(limit or len(rows), len(rows))
+        tests += [rows[i * len(rows) // count] for i in range(count)]
+        sizes.append(len(rows))
     if limit and limit > max(sizes):
         raise ValueError(f"--eval-limit {limit} asks for more than there are: no set has over {max(sizes)} prompts.")
     return tests

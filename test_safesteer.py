@@ -299,7 +299,7 @@ def test_a_completion_ends_with_its_first_end_of_turn(model, tokenizer):
         assert mask[completed].all() and mask.sum() > len(completion)
         lengths.add(len(completion))
     assert len(lengths) > 5
-    part = rollouts[torch.tensor([0, 3])]
+    part = rollouts.after(safesteer.encode_chat(tokenizer, [HARMLESS[0], HARMLESS[3]]), torch.tensor([0, 3]))
     assert part.attention_mask.any(0).all(), "no column of padding is left"
     assert part.texts(tokenizer) == [rollouts.texts(tokenizer)[i] for i in (0, 3)]
 
