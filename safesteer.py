@@ -70,7 +70,7 @@ class Settings:
     epochs: int = HfArg(default=3, help="passes over the harmful prompts")
     batch_size: int = HfArg(default=8, help="harmful prompts in a training step at most")
     micro_batch_size: int = HfArg(default=8, help="rollouts in one forward pass of training: fewer need less memory")
-    max_new_tokens: int = HfArg(default=8, help="length of a rollout at most")
+    max_new_tokens: int = HfArg(default=2, help="length of a rollout at most")
     lora: int = HfArg(default=16, help="rank of the adapters to train; 0 trains a copy of the blocks in float32")
     device_map: str = HfArg(default="", help="auto spreads a model that is larger than one GPU")
     seed: int = HfArg(default=0, help="seed of every random choice")
