@@ -393,7 +393,8 @@ def distill(
         texts = [prompts[i] for i in rows] + drawn
         with autocast():
             rollouts = sample_rollouts(student, tokenizer, texts, max_new_tokens)
-        refused = sum(map(is_refusal, rollouts.texts(tokenizer)[: len(rows)])) / len(rows)
+        first = rollouts.input_ids[: len(rows), rollouts.completion_mask.any(0)][:, 0].cpu()
+        refused = torch.isin(first, refusal_token_ids(tokenizer)).float().mean().item()
         lengths, losses = rollouts.completion_mask.sum(1).cpu(), []
         halves = torch.arange(len(texts)).split(len(rows))  # harmful and, if given, harmless
         teachers = (coefficient, system, 1.0), (anchor_coefficient, None, anchor_weight)
@@ -772,7 +773,7 @@ def run_variant(settings, report, folder, base, tokenizer, direction, prompts, t
 def write_results(folder, report, tests, found):
     """The figures and completions of one variant, and last its whole report; some completions are printed."""
     curves = datasets.Dataset.from_list(report["steps"]).to_pandas().set_index("step")[["loss", "refused"]]
-    panels = curves.plot(subplots=True, style="ko-", title=["loss", "share of rollouts that refuse"], legend=False)
+    panels = curves.plot(subplots=True, style="ko-", title=["loss", "share of rollouts that open a refusal"], legend=False)
     panels[0].figure.savefig(folder / "training.png")
     draw_shift({name: result.states for name, result in found.items()}, folder / "representation_shift.png")
     rows = [test | {name: result.answers[i] for name, result in found.items()} for i, test in enumerate(tests)]
