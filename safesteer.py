@@ -379,29 +379,32 @@ def distill(
     anchor_coefficient * direction, a little away from refusing, and their loss weighs `anchor_weight` (ours, see
     README). `token_ids`, `forward` and `generalized`: see localized_kl. AdamW, cosine with 10 % warm-up, gradient norm
     clipped at 1; float32 weights run under bfloat16 autocast. An epoch is cut into equal steps of at most `batch_size`
-    prompts. Returns a dict of metrics per step. A loss or gradient that is not finite raises FloatingPointError and
-    leaves the student as the step before did."""
+    prompts. Returns a dict of metrics per step, of them "refused" the share of answers to harmful prompts that open a
+    refusal. A loss or gradient that is not finite raises FloatingPointError and leaves the student as the step before
+    did."""
     weights = [weight for weight in student.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, learning_rate, weight_decay=0.0, fused=True)
     per_epoch = math.ceil(len(prompts) / batch_size)
     steps = [rows for _ in range(epochs) for rows in torch.randperm(len(prompts)).tensor_split(per_epoch)]
     schedule = transformers.get_cosine_schedule_with_warmup(optimizer, math.ceil(0.1 * len(steps)), len(steps))
     autocast = lambda: torch.autocast(student.device.type, torch.bfloat16, enabled=weights[0].dtype == torch.float32)
+    openers = refusal_token_ids(tokenizer).to(student.device)
     metrics, bar = [], tqdm(steps, "3 distillation", unit="step")
     for step, rows in enumerate(bar, 1):
         drawn = [harmless[i] for i in torch.randperm(len(harmless))[: len(rows)]]
         texts = [prompts[i] for i in rows] + drawn
         with autocast():
             rollouts = sample_rollouts(student, tokenizer, texts, max_new_tokens)
-        first = rollouts.input_ids[: len(rows), rollouts.completion_mask.any(0)][:, 0].cpu()
-        refused = torch.isin(first, refusal_token_ids(tokenizer)).float().mean().item()
+        first = rollouts.input_ids[: len(rows), rollouts.completion_mask.any(0)][:, 0]
+        refused = torch.isin(first, openers).float().mean().item()
         lengths, losses = rollouts.completion_mask.sum(1).cpu(), []
         halves = torch.arange(len(texts)).split(len(rows))  # harmful and, if given, harmless
         teachers = (coefficient, system, 1.0), (anchor_coefficient, None, anchor_weight)
         for half, (strength, told, weight) in zip(halves, teachers, strict=False):
             for part in half[lengths[half].argsort()].split(micro_batch_size):  # of like length
                 asked = [texts[i] for i in part]
-                own, seen = (rollouts.after(encode_chat(tokenizer, asked, turn), part) for turn in (None, told))
+                own = rollouts.after(encode_chat(tokenizer, asked), part)
+                seen = rollouts.after(encode_chat(tokenizer, asked, told), part) if told else own
                 with torch.no_grad(), steer(teacher, direction, strength):
                     teacher_logits, mask = completion_logits(teacher, seen)
                 with autocast():
@@ -773,7 +776,7 @@ def run_variant(settings, report, folder, base, tokenizer, direction, prompts, t
 def write_results(folder, report, tests, found):
     """The figures and completions of one variant, and last its whole report; some completions are printed."""
     curves = datasets.Dataset.from_list(report["steps"]).to_pandas().set_index("step")[["loss", "refused"]]
-    panels = curves.plot(subplots=True, style="ko-", title=["loss", "share of rollouts that open a refusal"], legend=False)
+    panels = curves.plot(subplots=True, style="ko-", title=["loss", "share that opens a refusal"], legend=False)
     panels[0].figure.savefig(folder / "training.png")
     draw_shift({name: result.states for name, result in found.items()}, folder / "representation_shift.png")
     rows = [test | {name: result.answers[i] for name, result in found.items()} for i, test in enumerate(tests)]

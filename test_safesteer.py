@@ -116,6 +116,13 @@ def test_the_data_are_what_the_readme_says():
     assert len({prompt.lower() for prompts in sets.values() for prompt in prompts}) == 950, "no prompt stands twice"
 
 
+def test_a_limited_test_set_has_every_category():
+    rows = (HERE / "data" / "harmful_test.jsonl").read_text("utf-8").splitlines()
+    category = {row["instruction"]: row["category"] for row in map(json.loads, rows)}
+    limited = [test["prompt"] for test in safesteer.load_tests("test", 10) if test["set"] == "harmful"]
+    assert len(limited) == 10 and len({category[prompt] for prompt in limited}) == 10
+
+
 @pytest.mark.parametrize("column", ["instruction", "prompt", "question", "goal", "text", "Goal", "turns"])
 def test_prompts_are_read_from_every_format(tmp_path, column):
     rows = [{"number": i, column: f'Prompt {i}, "quoted", ü'} for i in range(3)]
@@ -442,6 +449,13 @@ def test_the_student_learns_and_the_teacher_does_not(model, tokenizer, direction
     repeated = safesteer.distill(again, model, tokenizer, HARMFUL, direction, tokens, 1e-3, **settings)
     assert metrics == repeated, "one seed makes a run repeatable"
     assert torch.equal(student.lm_head.weight, again.lm_head.weight)
+
+
+def test_the_share_that_opens_a_refusal_is_that_of_the_first_tokens(model, tokenizer, direction):
+    for prompts, share in ((HARMFUL, 1), (HARMLESS, 0)):  # the model refuses HARMFUL alone
+        student = copy.deepcopy(model)
+        steps = safesteer.distill(student, model, tokenizer, prompts, direction, None, max_new_tokens=3)
+        assert [step["refused"] for step in steps] == [share]
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(model, tokenizer, direction):
