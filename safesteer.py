@@ -43,6 +43,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BatchE
 from transformers.hf_argparser import HfArg, HfArgumentParser
 
 DATA = Path(__file__).resolve().parent / "data"
+SAFE = {"use_safetensors": True, "trust_remote_code": False}  # nothing that is loaded runs code: no pickles, no scripts
 DEVICE = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
 
 
@@ -572,7 +573,7 @@ def read_settings(arguments):
         fail("The small model is not there yet: run python data/prepare.py, or name a model with --model.")
     for name in (given.judge, given.model) if given.judge else (given.model,):
         try:
-            family = AutoConfig.from_pretrained(name).model_type
+            family = AutoConfig.from_pretrained(name, trust_remote_code=False).model_type
         except (OSError, ValueError) as error:
             fail(f"No model can be loaded from {name}: {str(error).splitlines()[0]}")
     name, recipe = Path(given.model).name, given.recipe
@@ -624,13 +625,14 @@ def load_data(settings):
 
 def load_model(name, device_map=None):
     """A frozen model in bfloat16 and its tokenizer; raises OSError or ValueError if the stages can't work with it."""
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     if not tokenizer.chat_template:
         raise ValueError(f"The tokenizer of {name} has no chat template: take a model that was trained to chat.")
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16, device_map=device_map or DEVICE)
-    except SafetensorError as error:
-        raise ValueError(f"The weights of {name} cannot be read: {error}") from error
+        options = {"dtype": torch.bfloat16, "device_map": device_map or DEVICE}
+        model = AutoModelForCausalLM.from_pretrained(name, **options, **SAFE)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"The weights of {name} cannot be read from safetensors: {error}") from error
     if not hasattr(model.get_decoder(), "layers"):
         raise ValueError(f"The decoder blocks of {name} are not where they are looked for, in get_decoder().layers.")
     model.requires_grad_(False)
@@ -675,7 +677,7 @@ def save_student(student, tokenizer, folder, base_name, lora=0):
     if lora:
         with replaced(folder / "adapter") as unfinished:
             student.save_pretrained(unfinished)
-        fresh = AutoModelForCausalLM.from_pretrained(base_name, dtype=torch.bfloat16)
+        fresh = AutoModelForCausalLM.from_pretrained(base_name, dtype=torch.bfloat16, **SAFE)
         student = PeftModel.from_pretrained(fresh, folder / "adapter").merge_and_unload()
     with replaced(folder / "student") as unfinished:
         student.to(torch.bfloat16).save_pretrained(unfinished)

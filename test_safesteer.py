@@ -700,13 +700,35 @@ def test_completions_can_be_put_after_other_prompts(model, tokenizer):
         ("--model=", "No model can be loaded"),
     ],
 )
-def test_a_wrong_input_costs_one_sentence(tmp_path, monkeypatch, flags, complaint):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    command = [sys.executable, HERE / "safesteer.py", *flags.split(), "--out", tmp_path / "out"]
+def test_a_wrong_input_is_refused_before_anything_is_written(tmp_path, monkeypatch, flags, complaint):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises((OSError, ValueError)) as error:
+        safesteer.main([*flags.split(), "--out", str(tmp_path / "out")])
+    assert complaint in str(error.value).splitlines()[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_program_says_in_one_sentence_what_is_wrong(tmp_path):
+    command = [sys.executable, HERE / "safesteer.py", "--harmful", "missing.jsonl", "--out", tmp_path / "out"]
     run = subprocess.run(command, capture_output=True, text=True)
     lines = [line for line in run.stderr.splitlines() if line.startswith("safesteer.py: ")]
-    assert run.returncode == 2 and complaint in lines[-1] and "Traceback" not in run.stderr
-    assert not (tmp_path / "out").exists()
+    assert run.returncode == 2 and "missing.jsonl" in lines[-1] and "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize("model", [Qwen2Config], indirect=True)
+def test_no_code_of_a_model_is_run(model, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # what transformers would ask for leave
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "pickled")
+    (tmp_path / "pickled" / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "pickled" / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="cannot be read from safetensors"):
+        safesteer.load_model(str(tmp_path / "pickled"))
+    (tmp_path / "scripted").mkdir()
+    (tmp_path / "scripted" / "config.json").write_text('{"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}')
+    (tmp_path / "scripted" / "own.py").write_text("raise SystemExit")
+    with pytest.raises(ValueError, match="contains custom code"):
+        safesteer.read_settings(["--model", str(tmp_path / "scripted")])
 
 
 def test_a_folder_of_somebody_else_is_not_written_to(tmp_path):
