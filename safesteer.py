@@ -13,6 +13,7 @@ import copy
 import hashlib
 import json
 import math
+import os
 import re
 import resource
 import shutil
@@ -30,6 +31,7 @@ from typing import Literal
 from unittest import mock
 
 import datasets
+import huggingface_hub
 import torch
 import transformers
 from jinja2 import TemplateError
@@ -118,7 +120,7 @@ def load_prompts(source, limit=None, columns=("instruction", "prompt", "question
     except Exception as error:  # of any library that reads the format or asks the hub
         broken = isinstance(error, json.JSONDecodeError) and str(source).endswith(".jsonl")
         reason = f"line {number} is no valid JSON" if broken else error.__cause__ or error
-        raise ValueError(f"No prompts can be read from {source}: {str(reason).partition(chr(10))[0]}.") from error
+        raise ValueError(f"No prompts can be read from {source}: {str(reason).splitlines()[0].rstrip('.')}.") from error
     return texts[:limit]
 
 
@@ -218,12 +220,13 @@ def find_refusal_direction(model, tokenizer, harmful, harmless, validation, batc
     two = encode_chat(tokenizer, ["a", "b"])["input_ids"]
     positions = int((two[0] == two[1]).flip(0).cumprod(0).sum())  # the tokens that every prompt ends with
     config, means = model.config.get_text_config(), []  # means: [positions, layers, d_model] twice
-    layers = int(0.8 * config.num_hidden_layers)
+    layers = max(1, int(0.8 * config.num_hidden_layers))
     for prompts, sign, verb in ((harmful, 1, "refuses"), (harmless, -1, "answers")):
         states = torch.empty(len(prompts), positions, layers, config.hidden_size)
         kept = sign * refusal_scores(model, tokenizer, prompts, batch_size, states) > 0
         if not kept.any():
-            raise ValueError(f"The model {verb} none of the {len(prompts)} prompts that it should: no refusal to find.")
+            reason = f"The model {verb} none of the {len(prompts)} prompts that it should, so there is no direction"
+            raise ValueError(f"{reason} to find: take another model or other prompts.")
         if kept.all() and verb == "refuses":
             warnings.warn(f"The model refuses all {len(prompts)} harmful prompts: it can learn little.", stacklevel=2)
         means.append(states[kept].double().mean(0))
@@ -554,6 +557,16 @@ def draw_tradeoff(rows, path):
     figure.savefig(path, dpi=120)
 
 
+def stay_offline_without_hub(names):
+    """If some of these models and data sets are no paths and the hub is out of reach, take it at once for what it is:
+    its library would try for half a minute."""
+    if not all(Path(name).exists() for name in names):
+        try:
+            huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=3)
+        except Exception:  # of any part of a connection
+            huggingface_hub.constants.HF_HUB_OFFLINE = True
+
+
 def read_settings(arguments):
     """The command line as Settings. Where no flag is given, DEFAULTS of the recipe and the model's family decide."""
     def fail(message):
@@ -562,13 +575,16 @@ def read_settings(arguments):
     parser = HfArgumentParser(Settings, description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = fail
     given = parser.parse_args(arguments)
-    if wrong := [text for text in given.eval_set if not re.fullmatch(r"\w+=.+", text)]:
+    if wrong := [text for text in given.eval_set if not re.fullmatch(r"(?!kl=|shift=)\w+=.+", text)]:
         fail(f"--eval-set takes NAME=FILE_OR_ID, not {wrong[0]}.")
     for name, value in vars(given).items():
-        zero = value == 0 and name in ("seed", "anchor_weight", "anchor_coefficient", "min_prob", "lora")
-        least, most = -1 if name == "anchor_coefficient" else 0, 1 if name == "min_prob" else 2**63
-        if type(value) in (int, float) and not (zero or least < value < most):
-            fail(f"--{name.replace('_', '-')} {value} is out of range.")
+        least, most = -1 if name == "anchor_coefficient" else 0, 1 if name in ("min_prob", "learning_rate") else 2**63
+        zero = name in ("seed", "anchor_weight", "anchor_coefficient", "min_prob", "lora")
+        if type(value) in (int, float) and not (least < value < most or zero and value == 0):
+            allowed = f"{'0 or ' * zero}more than {least}{' and less than 1' * (most == 1)}"
+            fail(f"--{name.replace('_', '-')} {value} is out of range: it must be {allowed}.")
+    sets = [text.partition("=")[2] for text in given.eval_set]
+    stay_offline_without_hub([given.model, given.judge, given.harmful, given.harmless, given.borderline, *sets])
     if given.model == Settings.model and not Path(given.model).exists():
         fail("The small model is not there yet: run python data/prepare.py, or name a model with --model.")
     for name in (given.judge, given.model) if given.judge else (given.model,):
@@ -614,6 +630,8 @@ def load_data(settings):
         print(f"Dropped {dropped} prompts: duplicates, and test prompts that stand in a training file.")
     if lost := {test["set"] for test in tests} - {name for name, _ in kept}:
         raise ValueError(f"Nothing is left of the test set {min(lost)}: all its prompts stand in a training file.")
+    if both := {*harmful} & {*harmless, *borderline}:
+        raise ValueError(f"{len(both)} prompts are to be refused and to be answered, as {min(both)!r}: take them out.")
     if len(harmless) < 2:
         raise ValueError("--harmless needs two prompts at least: some choose the direction that the others give.")
     torch.manual_seed(settings.seed)
@@ -624,20 +642,30 @@ def load_data(settings):
 
 
 def load_model(name, device_map=None):
-    """A frozen model in bfloat16 and its tokenizer; raises OSError or ValueError if the stages can't work with it."""
-    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    if not tokenizer.chat_template:
-        raise ValueError(f"The tokenizer of {name} has no chat template: take a model that was trained to chat.")
+    """A frozen model in bfloat16 and its tokenizer; raises ValueError if a first short pass shows that the stages can't
+    work with them."""
+    options = {"dtype": torch.bfloat16, "device_map": device_map or DEVICE, "ignore_mismatched_sizes": True}
     try:
-        options = {"dtype": torch.bfloat16, "device_map": device_map or DEVICE}
-        model = AutoModelForCausalLM.from_pretrained(name, **options, **SAFE)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"The weights of {name} cannot be read from safetensors: {error}") from error
-    if not hasattr(model.get_decoder(), "layers"):
-        raise ValueError(f"The decoder blocks of {name} are not where they are looked for, in get_decoder().layers.")
-    model.requires_grad_(False)
-    # For an input that is a slice of a batch, as in prefill, a frozen head would be copied once per sequence.
-    model.get_output_embeddings().register_forward_pre_hook(lambda head, args: (args[0].contiguous(),))
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        if not tokenizer.chat_template:
+            raise ValueError("its tokenizer has no chat template, so it was not trained to chat")
+        if torch.equal(*encode_chat(tokenizer, ["a", "b"])["input_ids"]):
+            raise ValueError("its chat template leaves the prompt out")
+        model, loaded = AutoModelForCausalLM.from_pretrained(name, **options, **SAFE, output_loading_info=True)
+        if wrong := {*loaded["missing_keys"], *(key for key, *_ in loaded["mismatched_keys"])}:
+            raise ValueError(f"{len(wrong)} of its weights are missing or of another shape, as {min(wrong)}")
+        if not hasattr(model.get_decoder(), "layers"):
+            raise ValueError("its decoder blocks are not where they are looked for, in get_decoder().layers")
+        model.requires_grad_(False)
+        # For an input that is a slice of a batch, as in prefill, a frozen head would be copied once per sequence.
+        model.get_output_embeddings().register_forward_pre_hook(lambda head, args: (args[0].contiguous(),))
+        if not refusal_scores(model, tokenizer, ["a", "b"]).isfinite().all():
+            raise ValueError("what it computes is not finite")
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of whatever reads the files, or of the template's or the model's own code
+        reason = str(error) if isinstance(error, (OSError, ValueError)) else repr(error)
+        raise ValueError(f"{name} cannot be used: {reason.splitlines()[0].rstrip('.')}.") from error
     return model, tokenizer
 
 
@@ -684,12 +712,21 @@ def save_student(student, tokenizer, folder, base_name, lora=0):
         tokenizer.save_pretrained(unfinished)
 
 
+def existing_parent(path):
+    """The folder that a new file or folder of this path goes into: raises ValueError if none can be made there."""
+    parent = next(folder for folder in (path, *path.parents) if folder.exists())
+    if not (parent.is_dir() and os.access(parent, os.W_OK)):
+        raise ValueError(f"Nothing can be written to {path}: choose another --out.")
+    return parent
+
+
 def kept_report(folder, made_with, overwrite=False):
     """The report that a run with the same settings, versions, prompts and weights left in a folder, finished or not, {}
     if there is none; raises ValueError where there is something else and no leave to overwrite it."""
+    existing_parent(folder)
     try:
-        report = {} if overwrite else json.loads((folder / "report.json").read_text("utf-8"))
-    except (OSError, ValueError):  # there is none, or it is not ours
+        report = {} if overwrite else dict(json.loads((folder / "report.json").read_text("utf-8")))
+    except (OSError, ValueError, TypeError):  # there is none, or it is not ours
         report = {}
     if any(folder.glob("[!.]*")) and not (overwrite or made_with.items() <= report.items()):
         raise ValueError(f"{folder} holds other files or results of other settings: choose --out, or --overwrite.")
@@ -724,7 +761,7 @@ def timed(report, stage):
 
 def run_variant(settings, report, folder, base, tokenizer, direction, prompts, tests, known):
     """Stages 2 and 3 and the evaluation of one variant, written into `folder` and `report`. `prompts` are those of
-    training and validation; `known` holds what `evaluate` found of base and teachers, for the other variants."""
+    training and validation; `known` holds the guard and what `evaluate` found of base and teachers before."""
     torch.manual_seed(settings.seed)
     chosen, teacher = lambda *names: {name: getattr(settings, name) for name in names}, TEACHERS[settings.teacher]
     if not (path := folder / "safety_tokens.json").exists():
@@ -764,8 +801,7 @@ def run_variant(settings, report, folder, base, tokenizer, direction, prompts, t
             report["steps"] = distill(student, base, tokenizer, prompts.harmful, direction, token_ids, **options)
         save_student(student, tokenizer, folder, settings.model, settings.lora)
     with timed(report, "4 evaluation"):
-        guard = load_model(settings.judge) if settings.judge else None
-        options = {"guard": guard, "max_new_tokens": settings.eval_max_new_tokens}
+        options = {"guard": known["guard"], "max_new_tokens": settings.eval_max_new_tokens}
         options["base"] = known["base"] = known.get("base") or evaluate(base, tokenizer, tests, **options)
         if settings.teacher not in known:
             with steer(base, direction, teacher["coefficient"]):
@@ -805,33 +841,31 @@ def main(arguments=None):
             variants[folder] = variant
             kept_report(folder, {"settings": asdict(variant)} | first, settings.overwrite)
     base, tokenizer = load_model(settings.model, settings.device_map)
-    out.mkdir(parents=True, exist_ok=True)
-    for leftover in out.glob("**/.unfinished-*"):  # of a run that was killed
-        shutil.rmtree(leftover)
-    if shutil.disk_usage(out).free < (needed := 2 * sum(weight.numel() for weight in base.parameters())):
+    known, table = {"guard": load_model(settings.judge) if settings.judge else None}, {}
+    needed, weights = 2 * sum(weight.numel() for weight in base.parameters()), hashlib.sha256()
+    if shutil.disk_usage(existing_parent(out)).free < needed:
         raise ValueError(f"The disk of {out} has less than the {needed / 1e9:.1f} GB that the student needs.")
-    weights = hashlib.sha256()
     for weight in base.parameters():
         weights.update(weight.detach().view(torch.uint8).cpu().numpy())
     first["weights"] = weights.hexdigest()
-    known, table = {}, {}
+    for leftover in out.glob("**/.unfinished-*"):  # of a run that was killed
+        shutil.rmtree(leftover)
     for folder, variant in variants.items():
-        folder.mkdir(exist_ok=True)
         made_with = {"settings": asdict(variant)} | first
-        report = kept_report(folder, made_with, settings.overwrite)
-        if not report:
-            for name in ("report.json", "direction.safetensors", "safety_tokens.json"):
-                (folder / name).unlink(missing_ok=True)
-            report = made_with | {"stages": {}}
-            write_json(folder / "report.json", report)  # from here on all that lies here is of this run
-        path = out / "direction.safetensors"
-        if not path.exists():
+        kept = kept_report(folder, made_with, settings.overwrite)
+        report, path, found = kept or made_with | {"stages": {}}, out / "direction.safetensors", None
+        if folder == out and not (kept and path.exists()):
             with timed(report, "1 direction"):
                 three = prompts.harmful, prompts.harmless, prompts.validation
-                direction = find_refusal_direction(base, tokenizer, *three)
+                found = find_refusal_direction(base, tokenizer, *three)
+        if found or not kept:
+            folder.mkdir(parents=True, exist_ok=True)
+            for name in ("report.json", "direction.safetensors", "safety_tokens.json"):
+                (folder / name).unlink(missing_ok=True)
+            write_json(folder / "report.json", report)  # from here on all that lies here is of this run
+        if found:
             with replaced(path) as new:
-                save_file({name: torch.as_tensor(value) for name, value in vars(direction).items()}, new)
-            write_json(folder / "report.json", report)
+                save_file({name: torch.as_tensor(value) for name, value in vars(found).items()}, new)
         direction = RefusalDirection(**{n: x if x.dim() else x.item() for n, x in load_file(path).items()})
         report["direction"] = {name: getattr(direction, name) for name in ("layer", "position", "score")}
         print(f"The direction: {report['direction']}")

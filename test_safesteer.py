@@ -2,6 +2,7 @@
 import copy
 import csv
 import json
+import math
 import random
 import runpy
 import signal
@@ -13,9 +14,10 @@ from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -720,13 +722,75 @@ def test_no_code_of_a_model_is_run(model, tokenizer, tmp_path, monkeypatch):
         part.save_pretrained(tmp_path / "pickled")
     (tmp_path / "pickled" / "model.safetensors").unlink()
     torch.save(model.state_dict(), tmp_path / "pickled" / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="cannot be read from safetensors"):
+    with pytest.raises(ValueError, match="model.safetensors"):
         safesteer.load_model(str(tmp_path / "pickled"))
     (tmp_path / "scripted").mkdir()
     (tmp_path / "scripted" / "config.json").write_text('{"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}')
     (tmp_path / "scripted" / "own.py").write_text("raise SystemExit")
     with pytest.raises(ValueError, match="contains custom code"):
         safesteer.read_settings(["--model", str(tmp_path / "scripted")])
+
+
+def break_weights(folder, change):
+    """Let `change` alter the dict of weights that lies in a model's folder."""
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "complaint"),
+    [
+        (lambda folder: break_weights(folder, lambda weights: weights.popitem()), "1 of its weights are missing"),
+        (lambda folder: break_weights(folder, lambda weights: weights["lm_head.weight"].fill_(math.nan)), "not finite"),
+        (lambda folder: break_weights(folder, lambda w: w.update({"lm_head.weight": torch.ones(9, 64)})), "shape"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"12345678"), "Safetensor"),
+        (lambda folder: (folder / "tokenizer.json").write_text("{}"), "cannot be used"),
+        (lambda folder: (folder / "chat_template.jinja").write_text("always this"), "leaves the prompt out"),
+        (lambda folder: (folder / "chat_template.jinja").write_text(""), "cannot be used"),
+        (lambda folder: (folder / "chat_template.jinja").write_text("{{ messages[0] "), "end of print statement"),
+        (lambda folder: (folder / "chat_template.jinja").write_text("{{ raise_exception('not today') }}"), "not today"),
+    ],
+    ids=["missing", "nan", "shape", "header", "tokenizer", "constant", "empty", "syntax", "raises"],
+)
+@pytest.mark.parametrize("model", [Qwen2Config], indirect=True)
+def test_a_model_that_cannot_be_used_is_known_before_anything_is_written(
+    model, tokenizer, tmp_path, spoil, complaint
+):
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    spoil(tmp_path / "model")
+    with pytest.raises(ValueError, match=complaint) as refusal:
+        safesteer.main(["--model", str(tmp_path / "model"), "--out", str(tmp_path / "out")])
+    assert str(tmp_path / "model") in str(refusal.value) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("model", [Qwen2Config], indirect=True)
+def test_where_there_is_no_direction_nothing_is_written(model, tokenizer, tmp_path):
+    model.lm_head.weight.data.zero_()  # all tokens are alike, so it refuses nothing
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="refuses none"):
+        safesteer.main(["--model", str(tmp_path / "model"), "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("role", ["harmless", "borderline"])
+def test_a_prompt_cannot_be_one_to_refuse_and_one_to_answer(role):
+    with pytest.raises(ValueError, match="100 prompts are to be refused and to be answered"):
+        safesteer.load_data(safesteer.Settings(**{role: safesteer.Settings.harmful}))
+
+
+def test_a_hub_out_of_reach_is_given_up_at_once(monkeypatch):
+    def unreachable():
+        raise OSError("no route")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.get_session", unreachable)
+    safesteer.stay_offline_without_hub([str(HERE / "data"), ""])
+    assert not huggingface_hub.constants.HF_HUB_OFFLINE  # paths do not need it
+    safesteer.stay_offline_without_hub([str(HERE / "data"), "some/model"])
+    assert huggingface_hub.constants.HF_HUB_OFFLINE
 
 
 def test_a_folder_of_somebody_else_is_not_written_to(tmp_path):
