@@ -67,11 +67,12 @@ class Settings:
     eval_max_new_tokens: int = HfArg(default=32, help="length of an evaluated answer at most")
     horizon: int = HfArg(default=7, help="H, the tokens of a teacher completion that vote")
     min_prob: float = HfArg(default=1e-8, help="mean teacher probability under which a token is not eligible")
-    anchor_weight: float = HfArg(default=0.1, help="weight of the harmless half of a step")
-    anchor_coefficient: float = HfArg(default=-0.5, help="times d steers that half's teacher: 0 is the base as it is")
-    learning_rate: float = HfArg(default=2e-4, help="peak learning rate of AdamW")
+    coefficient: float = HfArg(default=1.5, help="times d steers the teacher of the harmful half of a step")
+    anchor_coefficient: float = HfArg(default=-1.0, help="times d steers that of the harmless half: 0 is the base")
+    anchor_weight: float = HfArg(default=0.07, help="weight of the harmless half")
+    learning_rate: float = HfArg(default=1e-4, help="peak learning rate of AdamW")
     epochs: int = HfArg(default=3, help="passes over the harmful prompts")
-    batch_size: int = HfArg(default=8, help="harmful prompts in a training step at most")
+    batch_size: int = HfArg(default=4, help="harmful prompts in a training step at most")
     micro_batch_size: int = HfArg(default=8, help="rollouts in one forward pass of training: fewer need less memory")
     max_new_tokens: int = HfArg(default=2, help="length of a rollout at most")
     lora: int = HfArg(default=16, help="rank of the adapters to train; 0 trains a copy of the blocks in float32")
@@ -84,13 +85,14 @@ class Settings:
 DEFAULTS = {  # where they are not those of Settings: by family, recipe and model, and for training without adapters
     "llama": {"horizon": 5, "min_prob": 1e-7},
     "qwen2.5-coder-0.5b-instruct": {"eval_max_new_tokens": 20},  # 32 change no verdict
-    "paper": {"lora": 0, "epochs": 1, "batch_size": 32, "micro_batch_size": 4, "max_new_tokens": 512},
+    "paper": {"coefficient": 1.0, "lora": 0, "learning_rate": 2e-4, "epochs": 1, "batch_size": 32,
+              "micro_batch_size": 4, "max_new_tokens": 512},
     "paper qwen2.5-coder-0.5b-instruct": {"epochs": 2, "max_new_tokens": 64, "micro_batch_size": 2},
     "weights": {"learning_rate": 1e-5},
     "weights llama": {"learning_rate": 1e-6},
 }
-TEACHERS = {  # how the base becomes the teacher: `coefficient` times the direction, or a system prompt and no direction
-    "steered": {"coefficient": 1.0, "system": None},
+TEACHERS = {  # how the base becomes the teacher: by the direction, or by a system prompt and no direction
+    "steered": {},
     "prompt": {"coefficient": 0.0, "system": "You are a careful assistant. Decline in one sentence every request that "
                "could hurt somebody, is illegal or is unethical. Answer every other one as well as you can."},
 }  # fmt: skip
@@ -375,7 +377,7 @@ def localized_kl(student_logits, teacher_logits, mask, token_ids=None, forward=F
 def distill(
     student, teacher, tokenizer, prompts, direction, token_ids, learning_rate=1e-5, epochs=1, batch_size=32,
     micro_batch_size=4, max_new_tokens=512, forward=False, generalized=False, harmless=(),
-    anchor_weight=0.1, anchor_coefficient=-0.5, coefficient=1.0, system=None, on_epoch=None,
+    anchor_weight=0.07, anchor_coefficient=-1.0, coefficient=1.0, system=None, on_epoch=None,
 ):  # fmt: skip
     """Train the weights of `student` that require a gradient, in place, on its own answers to harmful `prompts`.
     `teacher` is the base, here made the teacher by coefficient * direction and, if given, a system prompt that only it
@@ -578,7 +580,7 @@ def read_settings(arguments):
     if wrong := [text for text in given.eval_set if not re.fullmatch(r"(?!kl=|shift=)\w+=.+", text)]:
         fail(f"--eval-set takes NAME=FILE_OR_ID, not {wrong[0]}.")
     for name, value in vars(given).items():
-        least, most = -1 if name == "anchor_coefficient" else 0, 1 if name in ("min_prob", "learning_rate") else 2**63
+        least, most = -2 if name == "anchor_coefficient" else 0, 1 if name in ("min_prob", "learning_rate") else 2**63
         zero = name in ("seed", "anchor_weight", "anchor_coefficient", "min_prob", "lora")
         if type(value) in (int, float) and not (least < value < most or zero and value == 0):
             allowed = f"{'0 or ' * zero}more than {least}{' and less than 1' * (most == 1)}"
@@ -789,8 +791,8 @@ def run_variant(settings, report, folder, base, tokenizer, direction, prompts, t
             report["epochs"][f"epoch {epoch}"] = found.metrics
             tqdm.write(f"On validation prompts:\n{format_table(report['epochs'])}")
 
-        options = chosen("learning_rate", "epochs", "batch_size", "micro_batch_size", "max_new_tokens") | teacher
-        options |= {"forward": settings.kl == "forward", "on_epoch": watch}
+        names = "learning_rate", "epochs", "batch_size", "micro_batch_size", "max_new_tokens", "coefficient"
+        options = chosen(*names) | teacher | {"forward": settings.kl == "forward", "on_epoch": watch}
         if settings.recipe == "anchored":  # what we add to the paper: see the README
             token_ids = torch.cat([token_ids, refusal_token_ids(tokenizer).to(token_ids)]).unique()
             options |= {"harmless": prompts.anchors, "generalized": True}
@@ -804,8 +806,8 @@ def run_variant(settings, report, folder, base, tokenizer, direction, prompts, t
         options = {"guard": known["guard"], "max_new_tokens": settings.eval_max_new_tokens}
         options["base"] = known["base"] = known.get("base") or evaluate(base, tokenizer, tests, **options)
         if settings.teacher not in known:
-            with steer(base, direction, teacher["coefficient"]):
-                known[settings.teacher] = evaluate(base, tokenizer, tests, system=teacher["system"], **options)
+            with steer(base, direction, teacher.get("coefficient", 1.0)):
+                known[settings.teacher] = evaluate(base, tokenizer, tests, system=teacher.get("system"), **options)
         trained = evaluate(student.to(torch.bfloat16), tokenizer, tests, **options)
     found = {"base": known["base"], "teacher": known[settings.teacher], "student": trained}
     write_results(folder, report, tests, found)

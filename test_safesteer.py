@@ -924,7 +924,7 @@ def test_compare_runs_every_ablation_and_none_twice(model, tokenizer, tmp_path, 
 def test_adapters_have_their_own_learning_rate_in_either_recipe_and_a_flag_overrides_it():
     rate = lambda *flags: safesteer.read_settings(list(flags)).learning_rate
     paper = ["--recipe", "paper"]
-    assert rate() == rate(*paper, "--lora", "4") == 2e-4 and rate("--lora", "0") == rate(*paper) == 1e-5
+    assert rate() == 1e-4 and rate(*paper, "--lora", "4") == 2e-4 and rate("--lora", "0") == rate(*paper) == 1e-5
     assert rate("--learning-rate", "3e-5") == rate(*paper, "--learning-rate", "3e-5", "--lora", "4") == 3e-5
     assert safesteer.read_settings([]).lora == 16 and safesteer.read_settings(paper).lora == 0
 
