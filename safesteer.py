@@ -382,12 +382,11 @@ def distill(
     """Train the weights of `student` that require a gradient, in place, on its own answers to harmful `prompts`.
     `teacher` is the base, here made the teacher by coefficient * direction and, if given, a system prompt that only it
     sees. If `harmless` prompts are given, as many as harmful ones join each step: their teacher is the base steered by
-    anchor_coefficient * direction, a little away from refusing, and their loss weighs `anchor_weight` (ours, see
-    README). `token_ids`, `forward` and `generalized`: see localized_kl. AdamW, cosine with 10 % warm-up, gradient norm
-    clipped at 1; float32 weights run under bfloat16 autocast. An epoch is cut into equal steps of at most `batch_size`
-    prompts. Returns a dict of metrics per step, of them "refused" the share of answers to harmful prompts that open a
-    refusal. A loss or gradient that is not finite raises FloatingPointError and leaves the student as the step before
-    did."""
+    anchor_coefficient * direction, away from refusing, and their loss weighs `anchor_weight` (ours, see README).
+    `token_ids`, `forward` and `generalized`: see localized_kl. AdamW, cosine with 10 % warm-up, gradient norm clipped
+    at 1; float32 weights run under bfloat16 autocast. An epoch is cut into equal steps of at most `batch_size` prompts.
+    Returns a dict of metrics per step, of them "refused" the share of answers to harmful prompts that open a refusal.
+    A loss or gradient that is not finite raises FloatingPointError and leaves the student as the step before did."""
     weights = [weight for weight in student.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, learning_rate, weight_decay=0.0, fused=True)
     per_epoch = math.ceil(len(prompts) / batch_size)
