@@ -927,6 +927,7 @@ def test_adapters_have_their_own_learning_rate_in_either_recipe_and_a_flag_overr
     assert rate() == 1e-4 and rate(*paper, "--lora", "4") == 2e-4 and rate("--lora", "0") == rate(*paper) == 1e-5
     assert rate("--learning-rate", "3e-5") == rate(*paper, "--learning-rate", "3e-5", "--lora", "4") == 3e-5
     assert safesteer.read_settings([]).lora == 16 and safesteer.read_settings(paper).lora == 0
+    assert safesteer.read_settings(paper).coefficient == 1.0, "the paper's teacher is steered by d itself"
 
 
 def test_the_program_makes_a_student_that_transformers_loads(tmp_path):
