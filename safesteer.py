@@ -121,8 +121,8 @@ def load_prompts(source, limit=None, columns=("instruction", "prompt", "question
                 raise ValueError(f"row {row} has no text as {column}")
     except Exception as error:  # of any library that reads the format or asks the hub
         broken = isinstance(error, json.JSONDecodeError) and str(source).endswith(".jsonl")
-        reason = f"line {number} is no valid JSON" if broken else error.__cause__ or error
-        raise ValueError(f"No prompts can be read from {source}: {str(reason).splitlines()[0].rstrip('.')}.") from error
+        reason = f"line {number} is no valid JSON" if broken else str(error.__cause__ or error).partition("\n")[0]
+        raise ValueError(f"No prompts can be read from {source}: {reason.rstrip('.') or 'it is empty'}.") from error
     return texts[:limit]
 
 
@@ -592,7 +592,7 @@ def read_settings(arguments):
         try:
             family = AutoConfig.from_pretrained(name, trust_remote_code=False).model_type
         except (OSError, ValueError) as error:
-            fail(f"No model can be loaded from {name}: {str(error).splitlines()[0]}")
+            fail(f"No model can be loaded from {name}: {str(error).partition(chr(10))[0]}")
     name, recipe = Path(given.model).name, given.recipe
     for row in (family, name, recipe, f"{recipe} {name}"):
         parser.set_defaults(**DEFAULTS.get(row, {}))
@@ -666,7 +666,7 @@ def load_model(name, device_map=None):
         raise
     except Exception as error:  # of whatever reads the files, or of the template's or the model's own code
         reason = str(error) if isinstance(error, (OSError, ValueError)) else repr(error)
-        raise ValueError(f"{name} cannot be used: {reason.splitlines()[0].rstrip('.')}.") from error
+        raise ValueError(f"{name} cannot be used: {reason.partition(chr(10))[0].rstrip('.')}.") from error
     return model, tokenizer
 
 
@@ -892,5 +892,5 @@ if __name__ == "__main__":
     except (MemoryError, torch.OutOfMemoryError):
         pass
     except (OSError, ValueError, FloatingPointError, SafetensorError) as error:
-        message = str(error).splitlines()[0]
+        message = str(error).partition("\n")[0]
     sys.exit(print(f"safesteer.py: {message}", file=sys.stderr) or code)

@@ -154,7 +154,7 @@ def test_of_a_conversation_the_first_turn_is_the_prompt(tmp_path):
         ("a.jsonl", '{"instruction": "Hi"}\n{"instruction": " "}\n', "row 2 has no text as instruction"),
         ("a.jsonl", '{"instruction": 5}\n', "row 1 has no text as instruction"),
         ("a.jsonl", '{"turns": []}\n', "row 1 has no text as turns"),
-        ("a.jsonl", "", "a.jsonl"),
+        ("a.jsonl", "", "it is empty"),
         ("a.json", "[]", "a.json"),
         ("a.csv", "", "a.csv"),
         ("a.csv", "goal\n", "a.csv"),
