@@ -91,8 +91,8 @@ DEFAULTS = {  # where they are not those of Settings: by family, recipe and mode
     "weights": {"learning_rate": 1e-5},
     "weights llama": {"learning_rate": 1e-6},
 }
-TEACHERS = {  # how the base becomes the teacher: by the direction, or by a system prompt and no direction
-    "steered": {},
+TEACHERS = {  # how the base becomes the teacher: `coefficient` times the direction, or a system prompt and no direction
+    "steered": {"coefficient": 1.0, "system": None},
     "prompt": {"coefficient": 0.0, "system": "You are a careful assistant. Decline in one sentence every request that "
                "could hurt somebody, is illegal or is unethical. Answer every other one as well as you can."},
 }  # fmt: skip
@@ -592,7 +592,7 @@ def read_settings(arguments):
         try:
             family = AutoConfig.from_pretrained(name, trust_remote_code=False).model_type
         except (OSError, ValueError) as error:
-            fail(f"No model can be loaded from {name}: {str(error).partition(chr(10))[0]}")
+            fail(f"No model can be loaded from {name}: {error}")
     name, recipe = Path(given.model).name, given.recipe
     for row in (family, name, recipe, f"{recipe} {name}"):
         parser.set_defaults(**DEFAULTS.get(row, {}))
@@ -790,8 +790,9 @@ def run_variant(settings, report, folder, base, tokenizer, direction, prompts, t
             report["epochs"][f"epoch {epoch}"] = found.metrics
             tqdm.write(f"On validation prompts:\n{format_table(report['epochs'])}")
 
-        names = "learning_rate", "epochs", "batch_size", "micro_batch_size", "max_new_tokens", "coefficient"
-        options = chosen(*names) | teacher | {"forward": settings.kl == "forward", "on_epoch": watch}
+        options = chosen("learning_rate", "epochs", "batch_size", "micro_batch_size", "max_new_tokens") | teacher
+        options |= {"forward": settings.kl == "forward", "on_epoch": watch}
+        options["coefficient"] *= settings.coefficient
         if settings.recipe == "anchored":  # what we add to the paper: see the README
             token_ids = torch.cat([token_ids, refusal_token_ids(tokenizer).to(token_ids)]).unique()
             options |= {"harmless": prompts.anchors, "generalized": True}
@@ -805,8 +806,8 @@ def run_variant(settings, report, folder, base, tokenizer, direction, prompts, t
         options = {"guard": known["guard"], "max_new_tokens": settings.eval_max_new_tokens}
         options["base"] = known["base"] = known.get("base") or evaluate(base, tokenizer, tests, **options)
         if settings.teacher not in known:
-            with steer(base, direction, teacher.get("coefficient", 1.0)):
-                known[settings.teacher] = evaluate(base, tokenizer, tests, system=teacher.get("system"), **options)
+            with steer(base, direction, teacher["coefficient"]):
+                known[settings.teacher] = evaluate(base, tokenizer, tests, system=teacher["system"], **options)
         trained = evaluate(student.to(torch.bfloat16), tokenizer, tests, **options)
     found = {"base": known["base"], "teacher": known[settings.teacher], "student": trained}
     write_results(folder, report, tests, found)

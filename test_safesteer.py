@@ -757,21 +757,18 @@ def break_weights(folder, change):
 def test_a_model_that_cannot_be_used_is_known_before_anything_is_written(
     model, tokenizer, tmp_path, spoil, complaint
 ):
-    for part in (model, tokenizer):
-        part.save_pretrained(tmp_path / "model")
-    spoil(tmp_path / "model")
+    flags = tiny_run(model, tokenizer, tmp_path)
+    spoil(tmp_path / "tiny")
     with pytest.raises(ValueError, match=complaint) as refusal:
-        safesteer.main(["--model", str(tmp_path / "model"), "--out", str(tmp_path / "out")])
-    assert str(tmp_path / "model") in str(refusal.value) and not (tmp_path / "out").exists()
+        safesteer.main([*flags, "--out", str(tmp_path / "out")])
+    assert str(tmp_path / "tiny") in str(refusal.value) and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("model", [Qwen2Config], indirect=True)
 def test_where_there_is_no_direction_nothing_is_written(model, tokenizer, tmp_path):
     model.lm_head.weight.data.zero_()  # all tokens are alike, so it refuses nothing
-    for part in (model, tokenizer):
-        part.save_pretrained(tmp_path / "model")
     with pytest.raises(ValueError, match="refuses none"):
-        safesteer.main(["--model", str(tmp_path / "model"), "--out", str(tmp_path / "out")])
+        safesteer.main([*tiny_run(model, tokenizer, tmp_path), "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
 
 
@@ -897,7 +894,11 @@ def test_compare_runs_every_ablation_and_none_twice(model, tokenizer, tmp_path, 
     (tmp_path / "own.csv").write_text("goal\nSay hello.\n")
     flags = [*tiny_run(model, tokenizer, tmp_path), "--out", str(tmp_path / "out"), "--compare"]
     flags += ["--eval-set", f"own={tmp_path / 'own.csv'}", "--judge", str(tmp_path / "tiny")]
+    steered, distill = [], safesteer.distill
+    note = lambda *args, **options: steered.append(options["coefficient"]) or distill(*args, **options)
+    monkeypatch.setattr(safesteer, "distill", note)
     safesteer.main(flags)
+    assert steered == [1.5, 1, 1, 1, 0], "ours is steered more, the paper's by d, the prompted teacher not at all"
     variants = ("paper", "paper-tokens-all", "paper-kl-forward", "paper-teacher-prompt")
     names = ("base", "teacher", "student", "prompted teacher", *variants)
     lines = capsys.readouterr().out.splitlines()
