@@ -342,19 +342,22 @@ def select_safety_tokens(
     """Sample `samples` openings of `horizon` tokens per harmless prompt from the teacher, score each with teacher and
     base, and vote, up to where the base would end its turn. Returns (ids, votes) as vote_safety_tokens does.
     The teacher is the model steered by `coefficient` and, if given, under the system prompt `system`."""
-    teacher_logits, base_logits, valid = [], [], []
+    teacher_logits, base_logits = [], []  # of all prompts, [positions, vocab] each
     ends = torch.tensor(end_of_turn_ids(model, tokenizer), device=model.device)
     for _, texts in tqdm(list(batches(prompts, 8)), "2 safety tokens", unit="batch"):
+        asked = texts * samples
         with steer(model, direction, coefficient):
-            rollouts = sample_rollouts(model, tokenizer, texts * samples, horizon, system=system)
-            teacher_logits.append(completion_logits(model, rollouts)[0])  # [batch, H, vocab]
-        logits, mask = completion_logits(model, rollouts.after(encode_chat(tokenizer, texts * samples)))
-        base_logits.append(logits)
-        valid.append(mask & (torch.isin(logits.argmax(-1), ends).cumsum(1) == 0))
+            rollouts = sample_rollouts(model, tokenizer, asked, horizon, system=system)
+            steered, mask = completion_logits(model, rollouts)  # [batch, H, vocab], [batch, H]
+        logits, _ = completion_logits(model, rollouts.after(encode_chat(tokenizer, asked)))
+        valid = mask & (torch.isin(logits.argmax(-1), ends).cumsum(1) == 0)
+        teacher_logits.append(steered[valid])
+        base_logits.append(logits[valid])
     words = set(range(len(tokenizer))) - set(tokenizer.all_special_ids) - set(tokenizer.get_added_vocab().values())
     barred = torch.tensor([i for i in range(logits.shape[-1]) if i not in words], device=model.device)
-    pooled = (torch.cat(parts) for parts in (teacher_logits, base_logits, valid))
-    return vote_safety_tokens(*pooled, k, votes_per_position, min_prob, barred)
+    pooled = [torch.cat(rows)[None] for rows in (teacher_logits, base_logits)]  # [1, positions, vocab]
+    valid = torch.ones_like(pooled[0][..., 0], dtype=torch.bool)
+    return vote_safety_tokens(*pooled, valid, k, votes_per_position, min_prob, barred)
 
 
 # ===== Stage 3: localized on-policy distillation =====================================================================
@@ -402,22 +405,25 @@ def distill(
             rollouts = sample_rollouts(student, tokenizer, texts, max_new_tokens)
         first = rollouts.input_ids[: len(rows), rollouts.completion_mask.any(0)][:, 0]
         refused = torch.isin(first, openers).float().mean().item()
-        lengths, losses = rollouts.completion_mask.sum(1).cpu(), []
-        halves = torch.arange(len(texts)).split(len(rows))  # harmful and, if given, harmless
-        teachers = (coefficient, system, 1.0), (anchor_coefficient, None, anchor_weight)
-        for half, (strength, told, weight) in zip(halves, teachers, strict=False):
-            for part in half[lengths[half].argsort()].split(micro_batch_size):  # of like length
-                asked = [texts[i] for i in part]
-                own = rollouts.after(encode_chat(tokenizer, asked), part)
-                seen = rollouts.after(encode_chat(tokenizer, asked, told), part) if told else own
-                with torch.no_grad(), steer(teacher, direction, strength):
-                    teacher_logits, mask = completion_logits(teacher, seen)
-                with autocast():
-                    student_logits, _ = completion_logits(student, own)
-                loss = localized_kl(student_logits, teacher_logits, mask, token_ids, forward, generalized)
-                loss = weight * loss * len(part) / len(half)
-                loss.backward()
-                losses.append(loss.item())
+        losses, teachers = [], (  # of harmful and of harmless prompts, with the weight of one completion
+            (coefficient, system, 1 / len(rows)), (anchor_coefficient, None, anchor_weight / max(1, len(drawn))),
+        )  # fmt: skip
+        for part in rollouts.completion_mask.sum(1).cpu().argsort().split(micro_batch_size):  # of like length
+            part = part.sort().values  # the harmful prompts first
+            own = rollouts.after(encode_chat(tokenizer, [texts[i] for i in part]), part)
+            with autocast():
+                logits, _ = completion_logits(student, own)
+            sizes, kls = [count := int((part < len(rows)).sum()), len(part) - count], []
+            for half, student_logits, (strength, told, weight) in zip(part.split(sizes), logits.split(sizes), teachers):
+                if len(half):
+                    seen = rollouts.after(encode_chat(tokenizer, [texts[i] for i in half], told), half)
+                    with torch.no_grad(), steer(teacher, direction, strength):
+                        teacher_logits, mask = completion_logits(teacher, seen)
+                    pair = student_logits[:, : mask.shape[1]], teacher_logits
+                    kls.append(weight * len(half) * localized_kl(*pair, mask, token_ids, forward, generalized))
+            loss = sum(kls)
+            loss.backward()
+            losses.append(loss.item())
         norm = torch.nn.utils.clip_grad_norm_(weights, 1.0).item()
         if not math.isfinite(sum(losses) + norm):
             raise FloatingPointError(f"Step {step}: loss {sum(losses)}, gradient {norm}. Try a lower --learning-rate.")
@@ -471,29 +477,34 @@ def judge(test, answer, guard=None):
 
 
 @torch.no_grad()
-def evaluate(model, tokenizer, tests, base=None, system=None, guard=None, max_new_tokens=32, batch_size=50):
+def evaluate(model, tokenizer, tests, base=None, system=None, guard=None, max_new_tokens=32, batch_size=100):
     """Measure greedy answers to `tests`, a list of {"set", "prompt", "expected"}; `steer` the model or give `system`
     for a teacher. In .metrics, by set: what `judge` counts, of how many, with its 95 % interval. Against `base`, what
     this returns for the base: "kl", mean KL(model || base) in nats per token of the base's answers to "harmless"
-    prompts, and "shift", how far the mean state of general prompts (harmless ones and those with an expected answer)
+    prompts (the first 32 tokens), and "shift", how far the mean state of general prompts (harmless ones and those with an expected answer)
     moved, in units of the base's spread (root mean square distance from its mean). Besides .answers, list of str;
     .states, [general prompts, d_model] float32, what the output head reads at the last prompt token; and for the base
     .reference, prompts, Rollouts and logits of its harmless answers."""
     found, heads = SimpleNamespace(metrics={}, answers=[""] * len(tests), reference=[]), []
     found.states = torch.empty(len(tests), model.config.get_text_config().hidden_size)
+    parts = list(batches([test["prompt"] for test in tests], batch_size))
+    for rows, asked in tqdm(parts, "  answers", unit="batch", leave=False):
+        with model.get_output_embeddings().register_forward_pre_hook(lambda head, args: heads.append(args[0])):
+            rollouts = sample_rollouts(model, tokenizer, asked, max_new_tokens, greedy=True, system=system)
+        found.states[rows] = heads[0][:, -1].float().cpu()  # read first: the last prompt tokens
+        heads.clear()
+        for i, text in zip(rows, rollouts.texts(tokenizer), strict=True):
+            found.answers[i] = text
+        harmless = [row for row, i in enumerate(rows) if tests[i]["set"] == "harmless"]
+        if harmless and base is None:
+            asked = [asked[row] for row in harmless]
+            batch = encode_chat(tokenizer, asked)
+            own = vars(rollouts.after(batch, harmless)).values()
+            own = Rollouts(*(x[:, : batch["input_ids"].shape[1] + 32] for x in own))
+            found.reference.append((asked, own, completion_logits(model, own)[0]))
     for name in dict.fromkeys(test["set"] for test in tests):
-        numbers = [i for i, test in enumerate(tests) if test["set"] == name]
-        prompts = [tests[i]["prompt"] for i in numbers]
-        for rows, asked in tqdm(list(batches(prompts, batch_size)), f"  {name}", unit="batch", leave=False):
-            with model.get_output_embeddings().register_forward_pre_hook(lambda head, args: heads.append(args[0])):
-                rollouts = sample_rollouts(model, tokenizer, asked, max_new_tokens, greedy=True, system=system)
-            last, texts = heads[0][:, -1].float().cpu(), rollouts.texts(tokenizer)  # read first: the last prompt tokens
-            heads.clear()
-            for row, state, text in zip(rows, last, texts, strict=True):
-                found.states[numbers[row]], found.answers[numbers[row]] = state, text
-            if name == "harmless" and base is None:
-                found.reference.append((asked, rollouts, completion_logits(model, rollouts)[0]))
-        verdicts = [judge(tests[i], found.answers[i], guard) for i in numbers]
+        pairs = zip(tests, found.answers, strict=True)
+        verdicts = [judge(test, answer, guard) for test, answer in pairs if test["set"] == name]
         count = {"count": sum(verdicts), "of": len(verdicts)}
         found.metrics[name] = count | {"interval": wilson_interval(**count)}
     general = [i for i, test in enumerate(tests) if test["set"] == "harmless" or test["expected"] is not None]

@@ -375,6 +375,18 @@ def test_no_special_or_unused_id_becomes_a_safety_token(model, tokenizer, direct
     assert (votes.diff() <= 0).all() and votes[0] <= len(HARMLESS) * 2 * 7
 
 
+def test_answers_vote_as_long_as_they_last(model, tokenizer, direction):
+    bias = torch.zeros(1024)
+    bias[safesteer.end_of_turn_ids(model, tokenizer)], bias[100] = 7.0, 8.0
+    hook = model.lm_head.register_forward_hook(lambda head, args, logits: 0 * logits + bias)
+    torch.manual_seed(0)
+    widths = [safesteer.sample_rollouts(model, tokenizer, HARMLESS[:1], 7).completion_mask.sum().item() for _ in range(6)]
+    assert len(set(widths)) > 2, "so batches end at different lengths"
+    ids, votes = safesteer.select_safety_tokens(model, tokenizer, direction, HARMLESS[:9], samples=1)
+    hook.remove()
+    assert len(ids) == 50 and 9 <= votes[0] <= 9 * 7
+
+
 # ===== Stage 3 ===============================================================================================
 
 
@@ -452,6 +464,18 @@ def test_the_student_learns_and_the_teacher_does_not(model, tokenizer, direction
     repeated = safesteer.distill(again, model, tokenizer, HARMFUL, direction, tokens, 1e-3, **settings)
     assert metrics == repeated, "one seed makes a run repeatable"
     assert torch.equal(student.lm_head.weight, again.lm_head.weight)
+
+
+def test_the_size_of_a_forward_pass_changes_no_loss(model, tokenizer, direction):
+    found, teacher = [], model.double()  # in which nothing is rounded
+    for size in (1, 3, 16):
+        student = copy.deepcopy(teacher)
+        torch.manual_seed(0)
+        options = {"batch_size": 5, "micro_batch_size": size, "max_new_tokens": 6, "harmless": HARMLESS[:3]}
+        options |= {"learning_rate": 1e-3, "anchor_weight": 0.5, "anchor_coefficient": -2.0}
+        found.append(safesteer.distill(student, teacher, tokenizer, HARMFUL, direction, None, **options))
+    for steps in zip(*found, strict=True):
+        assert [step["loss"] for step in steps] == pytest.approx([steps[0]["loss"]] * 3, rel=1e-4)
 
 
 def test_the_share_that_opens_a_refusal_is_that_of_the_first_tokens(model, tokenizer, direction):
