@@ -155,16 +155,21 @@ def batches(prompts, size):
 
 
 def share_prefix(model, input_ids, attention_mask, keep=1):
-    """What a forward pass or generate() takes, with the tokens that all rows begin with (a template's system turn) gone
-    through `model` once and waiting in past_key_values; the last `keep` columns are not among them."""
+    """What a forward pass or generate() takes, with what rows have in common gone through `model` once and waiting in
+    past_key_values: the tokens that all begin with (a template's system turn) or, if rows are equal but for their last
+    `keep` columns (samples of a prompt), everything before those columns."""
     ids, mask = input_ids.to(model.device, copy=True), attention_mask.to(model.device).bool()
     shortest = int(mask[:, :-keep].sum(1).min())
     starts = torch.stack([row[real][:shortest] for row, real in zip(ids, mask, strict=True)])
     shared = int((starts == starts[:1]).all(0).cumprod(0).sum())
     mask &= mask.cumsum(1) > shared
     mask[:, :shared], ids[:, :shared] = True, starts[:, :shared]
-    cache = None
-    if shared:
+    cache, before = None, ids[:, :-keep].where(mask[:, :-keep], -1)
+    distinct, copies = before.unique(dim=0, return_inverse=True) if before.numel() else (ids, None)
+    if len(distinct) < len(ids):
+        cache = forward(model, distinct.clamp(min=0), distinct >= 0, use_cache=True).past_key_values
+        cache.batch_select_indices(copies)
+    elif shared:
         cache = model.get_decoder()(input_ids=starts[:1, :shared], use_cache=True).past_key_values
         cache.batch_repeat_interleave(len(ids))
     return {"input_ids": ids, "attention_mask": mask.long(), "past_key_values": cache}
@@ -481,10 +486,10 @@ def evaluate(model, tokenizer, tests, base=None, system=None, guard=None, max_ne
     """Measure greedy answers to `tests`, a list of {"set", "prompt", "expected"}; `steer` the model or give `system`
     for a teacher. In .metrics, by set: what `judge` counts, of how many, with its 95 % interval. Against `base`, what
     this returns for the base: "kl", mean KL(model || base) in nats per token of the base's answers to "harmless"
-    prompts (the first 32 tokens), and "shift", how far the mean state of general prompts (harmless ones and those with an expected answer)
-    moved, in units of the base's spread (root mean square distance from its mean). Besides .answers, list of str;
-    .states, [general prompts, d_model] float32, what the output head reads at the last prompt token; and for the base
-    .reference, prompts, Rollouts and logits of its harmless answers."""
+    prompts, of each the first 32, and "shift", how far the mean state of general prompts (harmless ones and those with
+    an expected answer) moved, in units of the base's spread (root mean square distance from its mean). Besides
+    .answers, list of str; .states, [general prompts, d_model] float32, what the output head reads at the last prompt
+    token; and for the base .reference, prompts, Rollouts and logits of its harmless answers."""
     found, heads = SimpleNamespace(metrics={}, answers=[""] * len(tests), reference=[]), []
     found.states = torch.empty(len(tests), model.config.get_text_config().hidden_size)
     parts = list(batches([test["prompt"] for test in tests], batch_size))

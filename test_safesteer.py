@@ -229,6 +229,25 @@ def test_what_all_prompts_begin_with_goes_through_the_model_once_and_changes_not
         assert safesteer.forward(model, **batch, keep=2).logits.shape[:2] == (len(prompts), 2)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("model", [Qwen2Config, Gemma2Config, Qwen3MoeConfig], indirect=True)
+def test_the_samples_of_a_prompt_share_it_and_nothing_changes(model, tokenizer, direction):
+    batch, counted = safesteer.encode_chat(tokenizer, HARMLESS[:3] * 4), []
+    batch["input_ids"][5, -1] = 7  # their last columns may differ
+    positions = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    with safesteer.steer(model, direction):
+        whole = model(**batch, position_ids=positions).logits[:, -2:]
+        count = lambda layer, args, output: counted.append(args[0].numel())
+        hook = model.get_input_embeddings().register_forward_hook(count)
+        shared = safesteer.forward(model, **batch, keep=2).logits
+        assert sum(counted) <= batch["input_ids"][:3].numel() + 2 * 12
+        hook.remove()
+        sampled = safesteer.sample_rollouts(model, tokenizer, HARMLESS[:3] * 4, 5, greedy=True)
+        alone = safesteer.sample_rollouts(model, tokenizer, HARMLESS[:3], 5, greedy=True)
+    torch.testing.assert_close(shared, whole, atol=2e-3, rtol=1e-3)
+    assert sampled.texts(tokenizer) == alone.texts(tokenizer) * 4
+
+
 def test_the_direction_is_the_plain_difference_of_means(model, tokenizer):
     odd_ones = HARMLESS[:2], HARMFUL[:2]  # harmful in name only, and the other way round: the filter drops them
     found = safesteer.find_refusal_direction(
@@ -380,7 +399,8 @@ def test_answers_vote_as_long_as_they_last(model, tokenizer, direction):
     bias[safesteer.end_of_turn_ids(model, tokenizer)], bias[100] = 7.0, 8.0
     hook = model.lm_head.register_forward_hook(lambda head, args, logits: 0 * logits + bias)
     torch.manual_seed(0)
-    widths = [safesteer.sample_rollouts(model, tokenizer, HARMLESS[:1], 7).completion_mask.sum().item() for _ in range(6)]
+    sample = lambda: safesteer.sample_rollouts(model, tokenizer, HARMLESS[:1], 7)
+    widths = [sample().completion_mask.sum().item() for _ in range(6)]
     assert len(set(widths)) > 2, "so batches end at different lengths"
     ids, votes = safesteer.select_safety_tokens(model, tokenizer, direction, HARMLESS[:9], samples=1)
     hook.remove()
