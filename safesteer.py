@@ -168,7 +168,7 @@ def share_prefix(model, input_ids, attention_mask, keep=1):
     distinct, copies = before.unique(dim=0, return_inverse=True) if before.numel() else (ids, None)
     if len(distinct) < len(ids):
         cache = forward(model, distinct.clamp(min=0), distinct >= 0, use_cache=True).past_key_values
-        cache.batch_select_indices(copies)
+        cache.batch_select_indices(copies.cpu())  # blocks may lie on several devices
     elif shared:
         cache = model.get_decoder()(input_ids=starts[:1, :shared], use_cache=True).past_key_values
         cache.batch_repeat_interleave(len(ids))
