@@ -496,7 +496,8 @@ def evaluate(model, tokenizer, tests, base=None, system=None, guard=None, max_ne
     for rows, asked in tqdm(parts, "  answers", unit="batch", leave=False):
         with model.get_output_embeddings().register_forward_pre_hook(lambda head, args: heads.append(args[0])):
             rollouts = sample_rollouts(model, tokenizer, asked, max_new_tokens, greedy=True, system=system)
-        found.states[rows] = heads[0][:, -1].float().cpu()  # read first: the last prompt tokens
+        prompts_end = next(states for states in heads if len(states) == len(rows))  # not those of distinct rows alone
+        found.states[rows] = prompts_end[:, -1].float().cpu()
         heads.clear()
         for i, text in zip(rows, rollouts.texts(tokenizer), strict=True):
             found.answers[i] = text
