@@ -47,6 +47,8 @@ from transformers.hf_argparser import HfArg, HfArgumentParser
 DATA = Path(__file__).resolve().parent / "data"
 SAFE = {"use_safetensors": True, "trust_remote_code": False}  # nothing that is loaded runs code: no pickles, no scripts
 DEVICE = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+HAS_BFLOAT16 = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+DTYPE = torch.bfloat16 if DEVICE.type != "cpu" or HAS_BFLOAT16 else torch.float32  # else six times slower, or worse
 
 
 @dataclass
@@ -154,6 +156,11 @@ def batches(prompts, size):
         yield rows, [prompts[i] for i in rows]
 
 
+def position_ids(attention_mask):
+    """Position ids [n, seq] counted from each prompt's first token, so that padding does not shift them."""
+    return (attention_mask.cumsum(-1) - 1).clamp(min=0)
+
+
 def share_prefix(model, input_ids, attention_mask, keep=1):
     """What a forward pass or generate() takes, with what rows have in common gone through `model` once and waiting in
     past_key_values: the tokens that all begin with (a template's system turn) or, if rows are equal but for their last
@@ -165,24 +172,23 @@ def share_prefix(model, input_ids, attention_mask, keep=1):
     mask &= mask.cumsum(1) > shared
     mask[:, :shared], ids[:, :shared] = True, starts[:, :shared]
     cache, before = None, ids[:, :-keep].where(mask[:, :-keep], -1)
-    distinct, copies = before.unique(dim=0, return_inverse=True) if before.numel() else (ids, None)
-    if len(distinct) < len(ids):
-        cache = forward(model, distinct.clamp(min=0), distinct >= 0, use_cache=True).past_key_values
+    distinct, copies = before.unique(dim=0, return_inverse=True) if before.numel() else (before, None)
+    if len(distinct) == len(ids):  # no two are equal
+        distinct, copies = before[:1, :shared], torch.zeros(len(ids), dtype=torch.long)
+    if distinct.numel():
+        real = distinct >= 0
+        once = {"input_ids": distinct.clamp(min=0), "attention_mask": real.long(), "position_ids": position_ids(real)}
+        cache = model.get_decoder()(**once, use_cache=True).past_key_values
         cache.batch_select_indices(copies.cpu())  # blocks may lie on several devices
-    elif shared:
-        cache = model.get_decoder()(input_ids=starts[:1, :shared], use_cache=True).past_key_values
-        cache.batch_repeat_interleave(len(ids))
     return {"input_ids": ids, "attention_mask": mask.long(), "past_key_values": cache}
 
 
 def forward(model, input_ids, attention_mask, keep=1, **options):
-    """Run the model and give the logits of the last `keep` columns. Positions are counted from each prompt's first
-    token, so that padding does not shift them."""
+    """Run the model and give the logits of the last `keep` columns."""
     batch = share_prefix(model, input_ids, attention_mask, keep)
-    positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
     done = batch["past_key_values"].get_seq_length() if batch["past_key_values"] else 0
-    batch |= {"input_ids": batch["input_ids"][:, done:], "position_ids": positions[:, done:]}
-    return model(**batch, logits_to_keep=keep, **options)
+    rest = {"input_ids": batch["input_ids"][:, done:], "position_ids": position_ids(batch["attention_mask"])[:, done:]}
+    return model(**batch | rest, logits_to_keep=keep, **options)
 
 
 # ===== Stage 1: the safety teacher ===================================================================================
@@ -267,17 +273,20 @@ def steer(model, direction, coefficient=1.0):
 
 @dataclass
 class Rollouts:
-    """Prompts and their completions: three tensors [n, prompt + completion], int64, int64 and bool."""
+    """Prompts, a list of str, and their completions: three tensors [n, prompt + completion], int64, int64 and bool."""
+    prompts: list
     input_ids: torch.Tensor
     attention_mask: torch.Tensor  # 0 on the padding before a prompt and after a completion
     completion_mask: torch.Tensor  # True on a completion's tokens up to and including its end of turn
 
-    def after(self, batch, rows=slice(None)):
-        """The completions, or those of some `rows`, after other prompts: a batch of encode_chat with as many rows."""
-        new = {name: tensor.to(self.input_ids.device) for name, tensor in batch.items()}
-        pairs = zip((*new.values(), torch.zeros_like(new["input_ids"]) > 0), vars(self).values(), strict=True)
-        used = self.completion_mask[rows].any(0)  # no column in which all have ended
-        return Rollouts(*(torch.cat([x, y[rows][:, used]], 1) for x, y in pairs))
+    def under(self, tokenizer, system=None, rows=None, tokens=None):
+        """The same completions with their prompts under the first turn `system`: of some `rows`, cut after `tokens`."""
+        prompts = self.prompts if rows is None else [self.prompts[i] for i in rows]
+        ids, mask = encode_chat(tokenizer, prompts, system).to(self.input_ids.device).values()
+        old = [x if rows is None else x[rows] for x in (self.input_ids, self.attention_mask, self.completion_mask)]
+        used = old[-1].any(0)  # no column in which all have ended
+        pairs = zip((ids, mask, torch.zeros_like(mask).bool()), old, strict=True)
+        return Rollouts(prompts, *(torch.cat([x, y[:, used][:, :tokens]], 1) for x, y in pairs))
 
     def texts(self, tokenizer):
         """The completions as a list of n str."""
@@ -307,7 +316,7 @@ def sample_rollouts(model, tokenizer, prompts, max_new_tokens, greedy=False, sys
     ended = torch.isin(ids, torch.tensor(ends, device=ids.device)).long()
     mask, prompt = ended.cumsum(1) - ended == 0, batch["attention_mask"]  # no end of turn before a token
     rows = (batch["input_ids"], ids), (prompt, mask.long()), (torch.zeros_like(prompt).bool(), mask)
-    return Rollouts(*(torch.cat(pair, 1) for pair in rows))  # [n, prompt + completion]
+    return Rollouts(list(prompts), *(torch.cat(pair, 1) for pair in rows))  # [n, prompt + completion]
 
 
 def completion_logits(model, rollouts):
@@ -325,14 +334,15 @@ def vote_safety_tokens(
     Each valid position votes for the `votes_per_position` eligible tokens with the largest log pi_t(v) - log pi_0(v).
     Logits are [n, H, vocab], `valid` [n, H] bool. Not eligible: the ids `ineligible` and tokens whose mean pi_t
     over valid positions is under `min_prob`. Returns (ids, votes), [<= k] int64, most voted first, none without one."""
-    teacher, base = teacher_logits[valid], base_logits[valid]  # [positions, vocab]
-    mean_prob = sum(rows.float().softmax(-1).sum(0) for rows in teacher.split(64)) / len(teacher)  # [vocab]
+    teacher, base = teacher_logits.flatten(0, 1), base_logits.flatten(0, 1)  # [n * H, vocab]
+    parts = valid.flatten().nonzero()[:, 0].split(64)
+    mean_prob = sum(teacher[rows].float().softmax(-1).sum(0) for rows in parts) / valid.sum()  # [vocab]
     barred = mean_prob < min_prob
     if ineligible is not None:
         barred[ineligible] = True
     votes = torch.zeros_like(barred, dtype=torch.long)
-    for t, b in zip(teacher.split(64), base.split(64), strict=True):
-        lift = t.float() - b.float()  # but for the normalisers, which change no order within a position
+    for rows in parts:
+        lift = teacher[rows].float() - base[rows].float()  # less the normalisers, the same for all of a position
         lifted = lift.masked_fill_(barred, -math.inf).topk(min(votes_per_position, len(votes))).indices
         votes += lifted.flatten().bincount(minlength=len(votes))
     votes, ids = votes.masked_fill(barred, 0).topk(min(k, len(votes)))
@@ -350,11 +360,10 @@ def select_safety_tokens(
     teacher_logits, base_logits = [], []  # of all prompts, [positions, vocab] each
     ends = torch.tensor(end_of_turn_ids(model, tokenizer), device=model.device)
     for _, texts in tqdm(list(batches(prompts, 8)), "2 safety tokens", unit="batch"):
-        asked = texts * samples
         with steer(model, direction, coefficient):
-            rollouts = sample_rollouts(model, tokenizer, asked, horizon, system=system)
+            rollouts = sample_rollouts(model, tokenizer, texts * samples, horizon, system=system)
             steered, mask = completion_logits(model, rollouts)  # [batch, H, vocab], [batch, H]
-        logits, _ = completion_logits(model, rollouts.after(encode_chat(tokenizer, asked)))
+        logits, _ = completion_logits(model, rollouts.under(tokenizer))
         valid = mask & (torch.isin(logits.argmax(-1), ends).cumsum(1) == 0)
         teacher_logits.append(steered[valid])
         base_logits.append(logits[valid])
@@ -392,7 +401,8 @@ def distill(
     sees. If `harmless` prompts are given, as many as harmful ones join each step: their teacher is the base steered by
     anchor_coefficient * direction, away from refusing, and their loss weighs `anchor_weight` (ours, see README).
     `token_ids`, `forward` and `generalized`: see localized_kl. AdamW, cosine with 10 % warm-up, gradient norm clipped
-    at 1; float32 weights run under bfloat16 autocast. An epoch is cut into equal steps of at most `batch_size` prompts.
+    at 1; weights of another dtype than the teacher's run under autocast to it. An epoch is cut into equal steps of at
+    most `batch_size` prompts.
     Returns a dict of metrics per step, of them "refused" the share of answers to harmful prompts that open a refusal.
     A loss or gradient that is not finite raises FloatingPointError and leaves the student as the step before did."""
     weights = [weight for weight in student.parameters() if weight.requires_grad]
@@ -400,14 +410,15 @@ def distill(
     per_epoch = math.ceil(len(prompts) / batch_size)
     steps = [rows for _ in range(epochs) for rows in torch.randperm(len(prompts)).tensor_split(per_epoch)]
     schedule = transformers.get_cosine_schedule_with_warmup(optimizer, math.ceil(0.1 * len(steps)), len(steps))
-    autocast = lambda: torch.autocast(student.device.type, torch.bfloat16, enabled=weights[0].dtype == torch.float32)
+    mixed = weights[0].dtype != teacher.dtype
+    autocast = lambda: torch.autocast(student.device.type, teacher.dtype, enabled=mixed)
     openers = refusal_token_ids(tokenizer).to(student.device)
+    divergence = {"token_ids": token_ids, "forward": forward, "generalized": generalized}
     metrics, bar = [], tqdm(steps, "3 distillation", unit="step")
     for step, rows in enumerate(bar, 1):
         drawn = [harmless[i] for i in torch.randperm(len(harmless))[: len(rows)]]
-        texts = [prompts[i] for i in rows] + drawn
         with autocast():
-            rollouts = sample_rollouts(student, tokenizer, texts, max_new_tokens)
+            rollouts = sample_rollouts(student, tokenizer, [prompts[i] for i in rows] + drawn, max_new_tokens)
         first = rollouts.input_ids[: len(rows), rollouts.completion_mask.any(0)][:, 0]
         refused = torch.isin(first, openers).float().mean().item()
         losses, teachers = [], (  # of harmful and of harmless prompts, with the weight of one completion
@@ -415,18 +426,15 @@ def distill(
         )  # fmt: skip
         for part in rollouts.completion_mask.sum(1).cpu().argsort().split(micro_batch_size):  # of like length
             part = part.sort().values  # the harmful prompts first
-            own = rollouts.after(encode_chat(tokenizer, [texts[i] for i in part]), part)
             with autocast():
-                logits, _ = completion_logits(student, own)
-            sizes, kls = [count := int((part < len(rows)).sum()), len(part) - count], []
+                logits, _ = completion_logits(student, rollouts.under(tokenizer, rows=part))
+            loss, sizes = 0, [count := int((part < len(rows)).sum()), len(part) - count]
             for half, student_logits, (strength, told, weight) in zip(part.split(sizes), logits.split(sizes), teachers):
                 if len(half):
-                    seen = rollouts.after(encode_chat(tokenizer, [texts[i] for i in half], told), half)
                     with torch.no_grad(), steer(teacher, direction, strength):
-                        teacher_logits, mask = completion_logits(teacher, seen)
-                    pair = student_logits[:, : mask.shape[1]], teacher_logits
-                    kls.append(weight * len(half) * localized_kl(*pair, mask, token_ids, forward, generalized))
-            loss = sum(kls)
+                        teacher_logits, mask = completion_logits(teacher, rollouts.under(tokenizer, told, half))
+                    kl = localized_kl(student_logits[:, : mask.shape[1]], teacher_logits, mask, **divergence)
+                    loss = loss + weight * len(half) * kl
             loss.backward()
             losses.append(loss.item())
         norm = torch.nn.utils.clip_grad_norm_(weights, 1.0).item()
@@ -489,25 +497,21 @@ def evaluate(model, tokenizer, tests, base=None, system=None, guard=None, max_ne
     prompts, of each the first 32, and "shift", how far the mean state of general prompts (harmless ones and those with
     an expected answer) moved, in units of the base's spread (root mean square distance from its mean). Besides
     .answers, list of str; .states, [general prompts, d_model] float32, what the output head reads at the last prompt
-    token; and for the base .reference, prompts, Rollouts and logits of its harmless answers."""
+    token; and for the base .reference, Rollouts and logits of its harmless answers."""
     found, heads = SimpleNamespace(metrics={}, answers=[""] * len(tests), reference=[]), []
     found.states = torch.empty(len(tests), model.config.get_text_config().hidden_size)
     parts = list(batches([test["prompt"] for test in tests], batch_size))
     for rows, asked in tqdm(parts, "  answers", unit="batch", leave=False):
         with model.get_output_embeddings().register_forward_pre_hook(lambda head, args: heads.append(args[0])):
             rollouts = sample_rollouts(model, tokenizer, asked, max_new_tokens, greedy=True, system=system)
-        prompts_end = next(states for states in heads if len(states) == len(rows))  # not those of distinct rows alone
-        found.states[rows] = prompts_end[:, -1].float().cpu()
+        found.states[rows] = heads[0][:, -1].float().cpu()  # of the prompts' end
         heads.clear()
         for i, text in zip(rows, rollouts.texts(tokenizer), strict=True):
             found.answers[i] = text
         harmless = [row for row, i in enumerate(rows) if tests[i]["set"] == "harmless"]
         if harmless and base is None:
-            asked = [asked[row] for row in harmless]
-            batch = encode_chat(tokenizer, asked)
-            own = vars(rollouts.after(batch, harmless)).values()
-            own = Rollouts(*(x[:, : batch["input_ids"].shape[1] + 32] for x in own))
-            found.reference.append((asked, own, completion_logits(model, own)[0]))
+            own = rollouts.under(tokenizer, rows=harmless, tokens=32)
+            found.reference.append((own, completion_logits(model, own)[0]))
     for name in dict.fromkeys(test["set"] for test in tests):
         pairs = zip(tests, found.answers, strict=True)
         verdicts = [judge(test, answer, guard) for test, answer in pairs if test["set"] == name]
@@ -516,8 +520,8 @@ def evaluate(model, tokenizer, tests, base=None, system=None, guard=None, max_ne
     general = [i for i, test in enumerate(tests) if test["set"] == "harmless" or test["expected"] is not None]
     found.states = found.states[general]
     origin, kls = base or found, []
-    for asked, rollouts, base_logits in base.reference if base else []:
-        logits, mask = completion_logits(model, rollouts.after(encode_chat(tokenizer, asked, system)))
+    for rollouts, base_logits in base.reference if base else []:
+        logits, mask = completion_logits(model, rollouts.under(tokenizer, system))
         kls += [localized_kl(*(x[None] for x in row)).item() for row in zip(logits, base_logits, mask, strict=True)]
     mean, spread = origin.states.mean(0), origin.states.var(0, correction=0).sum().sqrt()
     shift = ((found.states.mean(0) - mean).norm() / spread).item()
@@ -660,9 +664,9 @@ def load_data(settings):
 
 
 def load_model(name, device_map=None):
-    """A frozen model in bfloat16 and its tokenizer; raises ValueError if a first short pass shows that the stages can't
+    """A frozen model in DTYPE and its tokenizer; raises ValueError if a first short pass shows that the stages can't
     work with them."""
-    options = {"dtype": torch.bfloat16, "device_map": device_map or DEVICE, "ignore_mismatched_sizes": True}
+    options = {"dtype": DTYPE, "device_map": device_map or DEVICE, "ignore_mismatched_sizes": True}
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         if not tokenizer.chat_template:
@@ -725,8 +729,10 @@ def save_student(student, tokenizer, folder, base_name, lora=0):
             student.save_pretrained(unfinished)
         fresh = AutoModelForCausalLM.from_pretrained(base_name, dtype=torch.bfloat16, **SAFE)
         student = PeftModel.from_pretrained(fresh, folder / "adapter").merge_and_unload()
+    else:
+        student = copy.deepcopy(student).to(torch.bfloat16)  # it may share weights with a base in float32
     with replaced(folder / "student") as unfinished:
-        student.to(torch.bfloat16).save_pretrained(unfinished)
+        student.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
 
 
@@ -754,8 +760,8 @@ def kept_report(folder, made_with, overwrite=False):
 @contextmanager
 def timed(report, stage):
     """Put into report["stages"] what is done inside: seconds, tokens through the model per second, the arithmetic of
-    its linear layers as a share of what a matrix product reaches here in bfloat16, and the peak memory so far."""
-    tokens, products, ones = [], [], torch.ones(2048, 2048, dtype=torch.bfloat16, device=DEVICE)
+    its linear layers as a share of what a matrix product reaches here in DTYPE, and the peak memory so far."""
+    tokens, products, ones = [], [], torch.ones(2048, 2048, dtype=DTYPE, device=DEVICE)
     best = 2 * len(ones) ** 3 / min(timeit.repeat(lambda: (ones @ ones)[0, 0].item(), number=1))
 
     def count(module, args, output):
@@ -825,7 +831,7 @@ def run_variant(settings, report, folder, base, tokenizer, direction, prompts, t
         if settings.teacher not in known:
             with steer(base, direction, teacher["coefficient"]):
                 known[settings.teacher] = evaluate(base, tokenizer, tests, system=teacher["system"], **options)
-        trained = evaluate(student.to(torch.bfloat16), tokenizer, tests, **options)
+        trained = evaluate(student.to(DTYPE), tokenizer, tests, **options)
     found = {"base": known["base"], "teacher": known[settings.teacher], "student": trained}
     write_results(folder, report, tests, found)
 

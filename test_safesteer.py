@@ -328,7 +328,7 @@ def test_a_completion_ends_with_its_first_end_of_turn(model, tokenizer):
         assert mask[completed].all() and mask.sum() > len(completion)
         lengths.add(len(completion))
     assert len(lengths) > 5
-    part = rollouts.after(safesteer.encode_chat(tokenizer, [HARMLESS[0], HARMLESS[3]]), torch.tensor([0, 3]))
+    part = rollouts.under(tokenizer, rows=torch.tensor([0, 3]))
     assert part.attention_mask.any(0).all(), "no column of padding is left"
     assert part.texts(tokenizer) == [rollouts.texts(tokenizer)[i] for i in (0, 3)]
 
@@ -716,14 +716,16 @@ def test_what_is_counted_depends_on_the_set(model, tokenizer, monkeypatch):
 
 
 @torch.no_grad()
-def test_completions_can_be_put_after_other_prompts(model, tokenizer):
+def test_completions_can_be_put_under_another_system_turn(model, tokenizer):
     rollouts = safesteer.sample_rollouts(model, tokenizer, HARMLESS, max_new_tokens=6)
-    told = rollouts.after(safesteer.encode_chat(tokenizer, HARMLESS, system="Be brief."))
+    told = rollouts.under(tokenizer, "Be brief.")
     assert told.texts(tokenizer) == rollouts.texts(tokenizer)
     assert "Be brief." in tokenizer.decode(told.input_ids[0])
     assert not told.completion_mask[told.attention_mask == 0].any()
-    back = told.after(safesteer.encode_chat(tokenizer, HARMLESS))
-    assert all(torch.equal(x, y) for x, y in zip(vars(back).values(), vars(rollouts).values(), strict=True))
+    back = told.under(tokenizer)
+    assert back.prompts == rollouts.prompts == HARMLESS
+    for name in ("input_ids", "attention_mask", "completion_mask"):
+        assert torch.equal(getattr(back, name), getattr(rollouts, name))
 
 
 # ===== The program ===========================================================================================
