@@ -168,7 +168,7 @@ def share_prefix(model, input_ids, attention_mask, keep=1):
     ids, mask = input_ids.to(model.device, copy=True), attention_mask.to(model.device).bool()
     shortest = int(mask[:, :-keep].sum(1).min())
     starts = torch.stack([row[real][:shortest] for row, real in zip(ids, mask, strict=True)])
-    shared = int((starts == starts[:1]).all(0).cumprod(0).sum())
+    shared = int((starts == starts[:1]).all(0).cumprod(0).sum()) if len(ids) > 1 else 0
     mask &= mask.cumsum(1) > shared
     mask[:, :shared], ids[:, :shared] = True, starts[:, :shared]
     cache, before = None, ids[:, :-keep].where(mask[:, :-keep], -1)
@@ -804,7 +804,7 @@ def run_variant(settings, report, folder, base, tokenizer, direction, prompts, t
     token_ids = torch.tensor([row["id"] for row in rows], device=base.device)
     torch.manual_seed(settings.seed)  # the same draws whether the tokens were elected or taken up again
     with timed(report, "3 distillation"):
-        probe = load_tests("validation", 25)
+        probe = load_tests("validation", min(25, settings.eval_limit))
         origin = known["validation"] = known.get("validation") or evaluate(base, tokenizer, probe, max_new_tokens=12)
         report["epochs"] = {"base": origin.metrics}
 

@@ -978,19 +978,20 @@ def test_adapters_have_their_own_learning_rate_in_either_recipe_and_a_flag_overr
 
 
 def test_the_program_makes_a_student_that_transformers_loads(tmp_path):
-    flags = ["--out", tmp_path, "--epochs", "1", "--batch-size", "10", "--max-new-tokens", "8", "--eval-limit", "4"]
-    flags += small_files(tmp_path, {"harmful": 5, "harmless": 8})
+    flags = ["--out", tmp_path, "--epochs", "1", "--batch-size", "5", "--max-new-tokens", "4", "--eval-limit", "2"]
+    flags += small_files(tmp_path, {"harmful": 10, "harmless": 16})
     run = subprocess.run([sys.executable, HERE / "safesteer.py", *flags], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
     assert all(word in run.stdout for word in ("base ", "teacher ", "student ", "KL to base"))
     out = tmp_path / "qwen2.5-coder-0.5b-instruct"
     report = json.loads((out / "report.json").read_text("utf-8"))
     assert len(report["steps"]) == 2 and set(report["evaluation"]) == {"base", "teacher", "student"}
-    assert report["evaluation"]["student"]["kl"] > 0 and report["evaluation"]["base"]["borderline"]["of"] == 4
+    assert report["epochs"]["epoch 1"]["harmless"]["of"] == 2
+    assert report["evaluation"]["student"]["kl"] > 0 and report["evaluation"]["base"]["borderline"]["of"] == 2
     assert report["evaluation"]["teacher"]["shift"] > report["evaluation"]["student"]["shift"] > 0
     assert load_file(out / "direction.safetensors")["vector"].shape == (896,)
     assert 0 < len(json.loads((out / "safety_tokens.json").read_text("utf-8"))) <= 50
-    assert len((out / "completions.jsonl").read_text("utf-8").splitlines()) == 16
+    assert len((out / "completions.jsonl").read_text("utf-8").splitlines()) == 8
     student = AutoModelForCausalLM.from_pretrained(out / "student", dtype="auto")
     base = AutoModelForCausalLM.from_pretrained(HERE / "data" / "qwen2.5-coder-0.5b-instruct", dtype="auto")
     assert student.dtype == base.dtype and torch.equal(student.lm_head.weight, base.lm_head.weight)
