@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import timeit
 import warnings
 from collections import Counter
 from contextlib import nullcontext
@@ -17,6 +18,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+from peft.helpers import disable_input_dtype_casting
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -558,6 +560,40 @@ def test_adapters_train_over_weights_that_stay_as_they_are_in_every_family(model
     error = safesteer.refusal_scores(merged, tokenizer, HARMFUL) - learnt  # of rounding to bfloat16
     assert error.abs().mean() < (scores - learnt).abs().mean()
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("lora", [0, 4])
+@pytest.mark.parametrize("model", [Qwen2Config], indirect=True)
+def test_small_steps_reach_float32_weights_over_a_base_in_bfloat16(model, tokenizer, direction, lora):
+    base = model.to(torch.bfloat16).requires_grad_(False)
+    student = safesteer.make_student(base, lora)
+    trained = {name: weight for name, weight in student.named_parameters() if weight.requires_grad}
+    before = {name: weight.detach().clone() for name, weight in trained.items()}
+    with disable_input_dtype_casting(student):
+        safesteer.distill(student, base, tokenizer, HARMFUL[:4], direction, None, 1e-5, batch_size=2, max_new_tokens=4)
+    assert {weight.dtype for weight in trained.values()} == {torch.float32}
+    moved = {name: (weight - before[name]).abs().max() for name, weight in trained.items() if "lora_A" not in name}
+    assert all(0 < distance < 1e-4 for distance in moved.values())
+
+
+@pytest.mark.parametrize("model", [Qwen2Config], indirect=True)
+def test_a_student_is_saved_in_bfloat16_and_a_base_in_float32_that_it_shares_weights_with_stays(
+    model, tokenizer, tmp_path
+):
+    student = safesteer.make_student(model.requires_grad_(False))
+    safesteer.save_student(student, tokenizer, tmp_path, tmp_path)
+    assert {weight.dtype for part in (model, student) for weight in part.parameters()} == {torch.float32}
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "student", dtype="auto")
+    assert saved.dtype == torch.bfloat16
+    torch.testing.assert_close(saved.state_dict(), model.to(torch.bfloat16).state_dict())
+
+
+def test_frozen_passes_run_in_a_dtype_that_this_machine_multiplies_fast():
+    seconds = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        ones = torch.ones(512, 512, dtype=dtype, device=safesteer.DEVICE)
+        seconds[dtype] = min(timeit.repeat(lambda ones=ones: (ones @ ones)[0, 0].item(), number=1))
+    assert seconds[safesteer.DTYPE] < 3 * min(seconds.values())
 
 
 def test_a_system_prompt_is_put_before_the_prompt_where_the_template_refuses_a_system_turn(tokenizer):
