@@ -48,7 +48,7 @@ DATA = Path(__file__).resolve().parent / "data"
 SAFE = {"use_safetensors": True, "trust_remote_code": False}  # nothing that is loaded runs code: no pickles, no scripts
 DEVICE = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
 HAS_BFLOAT16 = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-DTYPE = torch.bfloat16 if DEVICE.type != "cpu" or HAS_BFLOAT16 else torch.float32  # else six times slower, or worse
+DTYPE = torch.bfloat16 if DEVICE.type != "cpu" or HAS_BFLOAT16 else torch.float32  # else 6 to 50 times slower
 
 
 @dataclass
@@ -401,8 +401,7 @@ def distill(
     sees. If `harmless` prompts are given, as many as harmful ones join each step: their teacher is the base steered by
     anchor_coefficient * direction, away from refusing, and their loss weighs `anchor_weight` (ours, see README).
     `token_ids`, `forward` and `generalized`: see localized_kl. AdamW, cosine with 10 % warm-up, gradient norm clipped
-    at 1; weights of another dtype than the teacher's run under autocast to it. An epoch is cut into equal steps of at
-    most `batch_size` prompts.
+    at 1; weights of another dtype than the teacher's run under autocast to it. Equal steps of at most `batch_size`.
     Returns a dict of metrics per step, of them "refused" the share of answers to harmful prompts that open a refusal.
     A loss or gradient that is not finite raises FloatingPointError and leaves the student as the step before did."""
     weights = [weight for weight in student.parameters() if weight.requires_grad]
@@ -410,8 +409,7 @@ def distill(
     per_epoch = math.ceil(len(prompts) / batch_size)
     steps = [rows for _ in range(epochs) for rows in torch.randperm(len(prompts)).tensor_split(per_epoch)]
     schedule = transformers.get_cosine_schedule_with_warmup(optimizer, math.ceil(0.1 * len(steps)), len(steps))
-    mixed = weights[0].dtype != teacher.dtype
-    autocast = lambda: torch.autocast(student.device.type, teacher.dtype, enabled=mixed)
+    autocast = lambda: torch.autocast(student.device.type, teacher.dtype, enabled=weights[0].dtype != teacher.dtype)
     openers = refusal_token_ids(tokenizer).to(student.device)
     divergence = {"token_ids": token_ids, "forward": forward, "generalized": generalized}
     metrics, bar = [], tqdm(steps, "3 distillation", unit="step")
@@ -907,6 +905,7 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True)  # a log shows at once what a terminal would
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     code, message = 2, "out of memory: lower --micro-batch-size or --max-new-tokens, or take a smaller model"
     try:

@@ -906,7 +906,8 @@ def test_an_interrupted_run_says_so_and_leaves_what_was_there(tmp_path):
         (unfinished / "weights").write_text("new")
     assert [path.name for path in tmp_path.iterdir()] == ["student"]
     assert (tmp_path / "student" / "weights").read_text() == "new"
-    run = subprocess.Popen([sys.executable, HERE / "safesteer.py", "--out", tmp_path / "out"], stderr=subprocess.PIPE)
+    flags = ["--out", tmp_path / "out", *small_files(tmp_path, {"harmful": 10, "harmless": 16})]
+    run = subprocess.Popen([sys.executable, HERE / "safesteer.py", *flags], stderr=subprocess.PIPE)
     said = b""
     while b"1 direction" not in said:
         assert (more := run.stderr.read1()), said
