@@ -369,9 +369,10 @@ def select_safety_tokens(
         base_logits.append(logits[valid])
     words = set(range(len(tokenizer))) - set(tokenizer.all_special_ids) - set(tokenizer.get_added_vocab().values())
     barred = torch.tensor([i for i in range(logits.shape[-1]) if i not in words], device=model.device)
-    pooled = [torch.cat(rows)[None] for rows in (teacher_logits, base_logits)]  # [1, positions, vocab]
-    valid = torch.ones_like(pooled[0][..., 0], dtype=torch.bool)
-    return vote_safety_tokens(*pooled, valid, k, votes_per_position, min_prob, barred)
+    for rows in (teacher_logits, base_logits):
+        rows[:] = [torch.cat(rows)[None]]  # [1, positions, vocab], in the place of its parts
+    valid = torch.ones_like(teacher_logits[0][..., 0], dtype=torch.bool)
+    return vote_safety_tokens(*teacher_logits, *base_logits, valid, k, votes_per_position, min_prob, barred)
 
 
 # ===== Stage 3: localized on-policy distillation =====================================================================
