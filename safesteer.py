@@ -48,7 +48,7 @@ DATA = Path(__file__).resolve().parent / "data"
 SAFE = {"use_safetensors": True, "trust_remote_code": False}  # nothing that is loaded runs code: no pickles, no scripts
 DEVICE = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
 HAS_BFLOAT16 = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-DTYPE = torch.bfloat16 if DEVICE.type != "cpu" or HAS_BFLOAT16 else torch.float32  # else 6 to 50 times slower
+DTYPE = torch.bfloat16 if DEVICE.type != "cpu" or HAS_BFLOAT16 else torch.float32  # 6 to 50 times faster there
 
 
 @dataclass
@@ -402,7 +402,7 @@ def distill(
     sees. If `harmless` prompts are given, as many as harmful ones join each step: their teacher is the base steered by
     anchor_coefficient * direction, away from refusing, and their loss weighs `anchor_weight` (ours, see README).
     `token_ids`, `forward` and `generalized`: see localized_kl. AdamW, cosine with 10 % warm-up, gradient norm clipped
-    at 1; weights of another dtype than the teacher's run under autocast to it. Equal steps of at most `batch_size`.
+    at 1; weights of another dtype than the teacher's run under autocast to it. Steps of at most `batch_size` prompts.
     Returns a dict of metrics per step, of them "refused" the share of answers to harmful prompts that open a refusal.
     A loss or gradient that is not finite raises FloatingPointError and leaves the student as the step before did."""
     weights = [weight for weight in student.parameters() if weight.requires_grad]
