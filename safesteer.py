@@ -168,7 +168,7 @@ def share_prefix(model, input_ids, attention_mask, keep=1):
     ids, mask = input_ids.to(model.device, copy=True), attention_mask.to(model.device).bool()
     shortest = int(mask[:, :-keep].sum(1).min())
     starts = torch.stack([row[real][:shortest] for row, real in zip(ids, mask, strict=True)])
-    shared = int((starts == starts[:1]).all(0).cumprod(0).sum()) if len(ids) > 1 else 0
+    shared = int((starts == starts[:1]).all(0).cumprod(0).sum()) if len(ids) > 1 else 0  # one row passes at once
     mask &= mask.cumsum(1) > shared
     mask[:, :shared], ids[:, :shared] = True, starts[:, :shared]
     cache, before = None, ids[:, :-keep].where(mask[:, :-keep], -1)
@@ -281,9 +281,10 @@ class Rollouts:
 
     def under(self, tokenizer, system=None, rows=None, tokens=None):
         """The same completions with their prompts under the first turn `system`: of some `rows`, cut after `tokens`."""
-        prompts = self.prompts if rows is None else [self.prompts[i] for i in rows]
+        rows = range(len(self.prompts)) if rows is None else rows
+        prompts = [self.prompts[i] for i in rows]
         ids, mask = encode_chat(tokenizer, prompts, system).to(self.input_ids.device).values()
-        old = [x if rows is None else x[rows] for x in (self.input_ids, self.attention_mask, self.completion_mask)]
+        old = [x[rows] for x in (self.input_ids, self.attention_mask, self.completion_mask)]
         used = old[-1].any(0)  # no column in which all have ended
         pairs = zip((ids, mask, torch.zeros_like(mask).bool()), old, strict=True)
         return Rollouts(prompts, *(torch.cat([x, y[:, used][:, :tokens]], 1) for x, y in pairs))
@@ -503,7 +504,7 @@ def evaluate(model, tokenizer, tests, base=None, system=None, guard=None, max_ne
     for rows, asked in tqdm(parts, "  answers", unit="batch", leave=False):
         with model.get_output_embeddings().register_forward_pre_hook(lambda head, args: heads.append(args[0])):
             rollouts = sample_rollouts(model, tokenizer, asked, max_new_tokens, greedy=True, system=system)
-        found.states[rows] = heads[0][:, -1].float().cpu()  # of the prompts' end
+        found.states[rows] = heads[0][:, -1].float().cpu()  # read first: the last prompt tokens
         heads.clear()
         for i, text in zip(rows, rollouts.texts(tokenizer), strict=True):
             found.answers[i] = text
