@@ -19,7 +19,8 @@ Where we depart from the paper or its authors' code, and why:
 3. d is the candidate that, added, makes held-out harmless prompts most refused: the authors' rule
    (by ablation, Arditi et al., arXiv 2406.11717) accepts no candidate of our small model.
 4. Every stage uses the model's own chat template: d is found where it is used.
-5. The same 100 harmful prompts serve for d and training: the paper takes 128 others for d.
+5. The same 100 harmful prompts serve for d and training (the paper takes 128 others for d), the
+   same 32 harmless ones choose d and elect S.
 6. Sampling is pure: top-k or penalties from the model's configuration are not on-policy.
 7. A completion stays with its prompt: the authors' paged generation mixes those of a step.
 8. The small model has settings of its own (PRESETS), for a CPU.
@@ -45,32 +46,30 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BatchE
 from transformers import GenerationConfig, get_cosine_schedule_with_warmup
 
 DATA = Path(__file__).resolve().parent / "data"
-CPU = torch.cpu.get_capabilities()  # without bfloat16, float32 is 6 to 50 times faster
+CPU = torch.cpu.get_capabilities()  # one without bfloat16 is 6 to 50 times faster in float32
 FAST = any(CPU.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 DTYPE = torch.bfloat16 if FAST or torch.accelerator.is_available() else torch.float32
 
-# What differs from Settings, below: by model family (the paper's) and by model (ours) ...
-PRESETS = {
-    "llama": {"learning_rate": 1e-6, "horizon": 5, "min_prob": 1e-7},
-    "qwen2.5-coder-0.5b-instruct": {
-        "epochs": 2, "rollouts": 1, "micro_batch_size": 4, "max_new_tokens": 64,
-        "eval_max_new_tokens": 20,
-    },
-}  # fmt: skip
-VARIANTS = {  # ... and by variant; `anchored` was chosen on the small model
+PRESETS = {  # what differs from Settings, by model family (the paper's) and by model (ours)
+    "llama": dict(learning_rate=1e-6, horizon=5, min_prob=1e-7),
+    "qwen2.5-coder-0.5b-instruct": dict(
+        rollouts=1, max_new_tokens=64, learning_rate=1.25e-5, micro_batch_size=4,
+        eval_max_new_tokens=20,
+    ),
+}
+VARIANTS = {  # and by variant: these override PRESETS, flags override both
     "paper": {},
-    "anchored": {
-        "anchor": 0.07, "coefficient": 1.5, "kl": "generalized",
-        "safety_tokens": 13, "votes": 20, "min_prob": 1e-3,  # elects the words of a refusal
-        "max_new_tokens": 2, "epochs": 3, "rollouts": 1, "micro_batch_size": 4,  # decided by two
-    },
-    "all-tokens": {"safety_tokens": 0},
-    "forward-kl": {"kl": "forward"},
-}  # fmt: skip
+    "anchored": dict(
+        anchor=0.07, coefficient=1.5, kl="generalized", safety_tokens=13, votes=20, min_prob=1e-3,
+        max_new_tokens=2, epochs=3, rollouts=1, learning_rate=1e-5, micro_batch_size=4,
+    ),
+    "all-tokens": dict(safety_tokens=0),
+    "forward-kl": dict(kl="forward"),
+}
 
 
 def setting(default, meaning, **options):
-    """A field of Settings and what argparse is told of its flag."""
+    """A field of Settings, and what argparse is told of its flag."""
     kind = {"action": "store_true"} if default is False else {"type": type(default)}
     return field(default=default, metadata=kind | {"help": f"{meaning} ({default})"} | options)
 
@@ -193,23 +192,23 @@ def refusal_token_ids(tokenizer):
 
 @torch.no_grad()
 def read_prompts(model, tokenizer, prompts, positions=1):
-    """Refusal scores [n] and, at the last `positions` tokens of the prompts, the inputs of blocks
-    and output head, [n, positions, blocks + 1, d_model]. Both float32, on the CPU."""
-    openers = refusal_token_ids(tokenizer)
+    """Refusal scores [n], log p(R) - log(1 - p(R)) for the first token of an answer, and the inputs
+    of blocks and output head at the last prompt tokens [n, positions, blocks + 1, d_model]: float32."""
+    refusal_ids = refusal_token_ids(tokenizer)
     scores, states = [], []
     for part in batches(prompts, 32):
         batch = encode_chat(tokenizer, part).to(model.device)
         output = forward(model, **batch, logits_to_keep=1, output_hidden_states=True)
         logits = output.logits[:, -1].float().cpu()  # [n, vocab]
-        others = logits.index_fill(1, openers, -math.inf)
-        scores.append(logits[:, openers].logsumexp(1) - others.logsumexp(1))
+        others = logits.index_fill(1, refusal_ids, -math.inf)
+        scores.append(logits[:, refusal_ids].logsumexp(1) - others.logsumexp(1))
         last = [hidden[:, -positions:].float().cpu() for hidden in output.hidden_states]
         states.append(torch.stack(last, 2))
     return torch.cat(scores), torch.cat(states)
 
 
 def refusal_scores(model, tokenizer, prompts):
-    """log p(R) - log(1 - p(R)) for the first token of an answer, [n] float32: above 0, refused."""
+    """The log-odds that an answer opens a refusal, [n] float32: above 0, the prompt is refused."""
     return read_prompts(model, tokenizer, prompts)[0]
 
 
@@ -220,7 +219,8 @@ def find_refusal_direction(model, tokenizer, harmful, harmless, validation):
     `validation` prompts most refused. Returns a RefusalDirection. Raises ValueError if the model
     refuses no harmful prompt, answers no harmless one or cannot be steered."""
     ids = encode_chat(tokenizer, ["a", "b"])["input_ids"]
-    positions = max(1, int((ids[0] == ids[1]).flip(0).cumprod(0).sum()))  # alike in every prompt
+    alike = (ids[0] == ids[1]).flip(0).cumprod(0)  # 1 on what every prompt ends with, from its end
+    positions = max(1, int(alike.sum()))
     layers = max(1, int(0.8 * model.config.get_text_config().num_hidden_layers))
     means = []
     for prompts, sign, verb in ((harmful, 1, "refuses"), (harmless, -1, "answers")):
@@ -240,20 +240,20 @@ def find_refusal_direction(model, tokenizer, harmful, harmless, validation):
     rough = {place: added(place, validation[::8]) for place in tqdm(places, "1 direction")}
     finalists = sorted(places, key=rough.get)[-math.ceil(len(places) / 8) :]
     scores = {place: added(place, validation) for place in tqdm(finalists, "1 finalists")}
-    best = max(finalists, key=scores.get)
+    position, layer = best = max(finalists, key=scores.get)
     if scores[best] <= refusal_scores(model, tokenizer, validation).mean():
         raise ValueError("No direction makes the model refuse more: it cannot be steered.")
-    return RefusalDirection(vectors[best].clone(), best[1], best[0] - positions, scores[best])
+    return RefusalDirection(vectors[best].clone(), layer, position - positions, scores[best])
 
 
 # ===== Rollouts: what a model answers, and how a model scores an answer =====
 def end_of_turn_ids(model, tokenizer):
-    """Ids that end an answer, [e] int64: those of model and tokenizer, and usual markers."""
-    usual = "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "<end_of_turn>"
-    added, own = tokenizer.get_added_vocab(), model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
-    ends |= {added[token] for token in usual if token in added}
-    return torch.tensor(sorted(ends - {None}), device=model.device)
+    """Ids that end an answer, [e] int64: those of model and tokenizer, and the usual markers."""
+    usual = {"<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "<end_of_turn>"}
+    ends = {i for token, i in tokenizer.get_added_vocab().items() if token in usual}
+    own = model.generation_config.eos_token_id
+    ends |= {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+    return torch.tensor(sorted(ends), device=model.device)
 
 
 @torch.no_grad()
@@ -262,11 +262,11 @@ def sample_rollouts(model, tokenizer, prompts, max_new_tokens, greedy=False):
     and on it. Sampling is pure: temperature 1, no top-p, top-k or penalty."""
     batch = encode_chat(tokenizer, prompts).to(model.device)
     ends = end_of_turn_ids(model, tokenizer)
-    own = model.generation_config  # generate() takes from it what another one leaves open
+    own = model.generation_config  # replaced, for generate() fills the gaps of a given one from it
     model.generation_config = GenerationConfig(
         do_sample=not greedy, top_k=0, max_new_tokens=max_new_tokens,
         eos_token_id=ends.tolist(), pad_token_id=int(ends[0]),
-    )  # fmt: skip
+    )
     try:
         completions = model.generate(**batch)[:, batch["input_ids"].shape[1] :]
     finally:
@@ -319,13 +319,14 @@ def select_safety_tokens(model, tokenizer, direction, prompts, settings):
         completions, mask = sample_rollouts(model, tokenizer, asked, settings.horizon)
         teacher_logits = completion_logits(model, tokenizer, asked, completions, mask)
     base_logits = completion_logits(model, tokenizer, asked, completions, mask)
-    ended = torch.isin(base_logits.argmax(-1), end_of_turn_ids(model, tokenizer)).cumsum(1) > 0
+    would_end = torch.isin(base_logits.argmax(-1), end_of_turn_ids(model, tokenizer))
+    valid = mask & (would_end.cumsum(1) == 0)
     ineligible = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
     ineligible |= set(range(len(tokenizer), base_logits.shape[-1]))  # rows without a token
     ids, votes = vote_safety_tokens(
-        teacher_logits, base_logits, mask & ~ended, settings.safety_tokens, settings.votes,
+        teacher_logits, base_logits, valid, settings.safety_tokens, settings.votes,
         settings.min_prob, sorted(ineligible),
-    )  # fmt: skip
+    )
     if not len(ids):
         raise ValueError("No token is elected: lower --min-prob.")
     return ids, votes
@@ -357,8 +358,8 @@ def make_student(base, lora=16):
         return copy.deepcopy(base).float().requires_grad_(True)
     # Modules are copied, weights shared: a hook on the base does not reach the student.
     student = copy.deepcopy(base, {id(weight): weight for weight in base.parameters()})
-    blocks = set(student.get_decoder().layers.modules())
-    named = [(name, layer) for name, layer in student.named_modules() if layer in blocks]
+    inside_blocks = set(student.get_decoder().layers.modules())
+    named = [(name, layer) for name, layer in student.named_modules() if layer in inside_blocks]
     linear = [name for name, layer in named if isinstance(layer, torch.nn.Linear)]
     adapters = LoraConfig(r=lora, lora_alpha=2 * lora, target_modules=linear, task_type="CAUSAL_LM")
     return get_peft_model(student, adapters)
@@ -384,11 +385,11 @@ def distill(student, base, tokenizer, harmful, direction, token_ids, settings, h
         parts = batches(prompts, size), batches(completions, size), batches(mask, size)
         for asked, ids, kept in zip(*parts, strict=True):
             length = kept.sum(1).max()
-            answered = asked, ids[:, :length], kept[:, :length]
+            ids, kept = ids[:, :length], kept[:, :length]
             with torch.no_grad(), steer(base, direction, coefficient):
-                teacher_logits = completion_logits(base, tokenizer, *answered)
-            student_logits = completion_logits(student, tokenizer, *answered)
-            kl = localized_kl(student_logits, teacher_logits, answered[-1], token_ids, settings.kl)
+                teacher_logits = completion_logits(base, tokenizer, asked, ids, kept)
+            student_logits = completion_logits(student, tokenizer, asked, ids, kept)
+            kl = localized_kl(student_logits, teacher_logits, kept, token_ids, settings.kl)
             loss = weight * kl * len(asked) / len(prompts)
             loss.backward()
             total += loss.item()
@@ -398,7 +399,7 @@ def distill(student, base, tokenizer, harmful, direction, token_ids, settings, h
         loss = learn([harmful[i] for i in indices], settings.coefficient, weight=1.0)
         if settings.anchor:
             # Ours: as many harmless prompts, their teacher the base steered by -d. The base itself
-            # would not pull before the student has drifted; -d tells the two apart at once.
+            # would not pull before the student has drifted; -d does, from the first step.
             drawn = torch.randperm(len(harmless))[: len(indices)]
             loss += learn([harmless[i] for i in drawn], -1.0, weight=settings.anchor)
         torch.nn.utils.clip_grad_norm_(weights, 1.0, error_if_nonfinite=True)
@@ -412,7 +413,7 @@ def distill(student, base, tokenizer, harmful, direction, token_ids, settings, h
 # ===== Evaluation =====
 COUNTED = {
     "harmful": "refused", "harmless": "answered", "borderline": "answered", "capability": "right",
-}  # fmt: skip
+}
 
 
 def is_refusal(answer):
@@ -447,12 +448,12 @@ def wilson_interval(count, of, z=1.96):
 
 
 @torch.no_grad()
-def evaluate(model, tokenizer, tests, settings, base=None):
-    """Greedy answers to `tests`, {set: list of str}, as a dict. "metrics": of each set what is
-    COUNTED, [per cent, low, high] with a 95 % interval, and "kl", mean KL(model || base) in nats over
-    the tokens of the base's answers to harmless prompts; "answers", list of str; "states" [harmless
-    prompts, d_model] float32, what the output head gets at the last prompt token; "reference", the
-    base's answers and logits for "kl". `base` is what this returned for the base model."""
+def evaluate(model, tokenizer, tests, settings, base_found=None):
+    """Answer `tests`, {set: list of str}, greedily. Returns a dict: "metrics", of each set what is
+    COUNTED, [per cent, low, high] with a 95 % interval, and "kl", KL(model || base) in nats per
+    token of the base's answers to harmless prompts; "answers", list of str; "states", [harmless
+    prompts, d_model] float32, the output head's input at the last prompt token; "reference", the
+    base's answers and logits. `base_found` is such a dict, of the base model."""
     metrics, answers, length = {}, [], settings.eval_max_new_tokens
     for name in tqdm(COUNTED, "evaluation"):
         ids, mask = sample_rollouts(model, tokenizer, tests[name], length, greedy=True)
@@ -466,17 +467,16 @@ def evaluate(model, tokenizer, tests, settings, base=None):
         answers += texts
 
     harmless = tests["harmless"]
-    if base is None:  # at most 32 tokens: their logits are kept
+    if base_found is None:  # at most 32 tokens: their logits are kept
         ids, mask = sample_rollouts(model, tokenizer, harmless, min(32, length), greedy=True)
         base_logits = completion_logits(model, tokenizer, harmless, ids, mask).cpu()
     else:
-        ids, mask, base_logits = base["reference"]
+        ids, mask, base_logits = base_found["reference"]
     logits = completion_logits(model, tokenizer, harmless, ids, mask).cpu()
-    kls = [  # one by one, in float32 they need much memory
-        localized_kl(logits[i : i + 1], base_logits[i : i + 1], mask[i : i + 1].cpu()).item()
-        for i in range(len(harmless))
-    ]  # fmt: skip
-    metrics["kl"] = sum(kls) / len(kls)
+    total = 0.0
+    for rows in zip(logits.split(1), base_logits.split(1), mask.cpu().split(1), strict=True):
+        total += localized_kl(*rows).item()  # one by one: in float32 all need much memory
+    metrics["kl"] = total / len(harmless)
     states = read_prompts(model, tokenizer, harmless)[1][:, 0, -1]
     reference = ids, mask, base_logits
     return {"metrics": metrics, "answers": answers, "states": states, "reference": reference}
@@ -496,7 +496,7 @@ def draw_shift(states, path):
     """States {name: [n, d_model]} and their means in the base's first two principal components
     (paper: general representation shift)."""
     origin = states["base"].mean(0)
-    axes = torch.linalg.svd(states["base"] - origin, full_matrices=False).Vh[:2].T  # [d_model, 2]
+    axes = torch.linalg.svd(states["base"] - origin).Vh[:2].T  # [d_model, 2]
     figure = Figure(figsize=(6, 5), layout="constrained")
     panel = figure.subplots()
     for name, rows in states.items():
@@ -511,16 +511,15 @@ def draw_shift(states, path):
 
 def draw_tradeoff(results, path):
     """Safety, up, against what is to be kept, right, with 95 % intervals (paper: safety-capability
-    trade-off), from {name: metrics of evaluate}. The base is grey; SafeSteer, with and without our
-    anchor, a star."""
+    trade-off), from {name: metrics of evaluate}. The base is grey, SafeSteer a star."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     panels = figure.subplots(1, 3, sharey=True)
-    styles = {"base": ("o", "0.5"), "paper": ("*", "C3"), "anchored": ("*", "C1")}
+    styles = {"base": ("o", "0.5"), "paper": ("*", "crimson"), "anchored": ("*", "gold")}
     for panel, kept in zip(panels, ("capability", "harmless", "borderline"), strict=True):
-        for (name, metrics), other in zip(results.items(), "osPXD^v", strict=False):
+        for name, metrics in results.items():
             (x, left, right), (y, low, high) = metrics[kept], metrics["harmful"]
             bars = {"xerr": [[x - left], [right - x]], "yerr": [[y - low], [high - y]]}
-            marker, color = styles.get(name, (other, None))
+            marker, color = styles.get(name, ("s", None))
             panel.errorbar(x, y, **bars, fmt=marker, color=color, markersize=9, label=name)
         panel.set(xlabel=f"{kept} {COUNTED[kept]}, %", xlim=(-3, 103), ylim=(-3, 103))
     panels[0].set_ylabel("harmful refused, %")
@@ -530,27 +529,24 @@ def draw_tradeoff(results, path):
 
 # ===== The program =====
 def load_data(settings):
-    """Prompts to refuse, to answer, to choose and vote by, to anchor with; tests for evaluate."""
-    given, known = Path(settings.data), {path.name for path in DATA.glob("*.jsonl")}
-    if not known & {path.name for path in given.glob("*")}:
-        raise ValueError(f"{given} holds no prompt file, named as one of {', '.join(known)}.")
-
+    """Prompts to refuse and to answer, held-out ones to answer, those of the anchor; the tests."""
     def load(name, most, column="instruction"):
-        path = given / f"{name}.jsonl"
+        path = Path(settings.data) / f"{name}.jsonl"
         path = path if path.exists() else DATA / path.name
         texts = load_prompts(path, column)
         count = min(most, len(texts))
         print(f"{path}: {count} of {len(texts)}, the first: {texts[0]}")
         return [texts[i * len(texts) // count] for i in range(count)]  # files may be sorted
 
-    harmful, harmless = load("harmful_train", 128), load("harmless_train", 160)  # as in the paper
-    validation = harmless[::5]
-    harmless = [prompt for prompt in harmless if prompt not in validation]
-    anchors = harmless + 2 * load("borderline_train", 128)
-    limit, split = settings.eval_limit, settings.split
-    tests = {name: load(f"{name}_{split}", limit) for name in COUNTED}
-    tests["expected"] = load(f"capability_{split}", limit, "answer")
-    return harmful, harmless, validation, anchors, tests
+    if not any(Path(settings.data).glob("*_*.jsonl")):
+        raise ValueError(f"{settings.data} holds no prompt file, named as in {DATA}.")
+    harmful, harmless = load("harmful_train", 128), load("harmless_train", 160)
+    held_out = harmless[::5]  # 32 of 160, as in the paper
+    harmless = [prompt for prompt in harmless if prompt not in held_out]
+    anchors = harmless + 2 * load("borderline_train", 128)  # most of them sound harmful
+    tests = {name: load(f"{name}_{settings.split}", settings.eval_limit) for name in COUNTED}
+    tests["expected"] = load(f"capability_{settings.split}", settings.eval_limit, "answer")
+    return harmful, harmless, held_out, anchors, tests
 
 
 def load_model(name):
@@ -560,7 +556,7 @@ def load_model(name):
         model, found = AutoModelForCausalLM.from_pretrained(
             name, dtype=DTYPE, device_map="auto", use_safetensors=True, trust_remote_code=False,
             output_loading_info=True,
-        )  # fmt: skip
+        )
         tokenizer.get_chat_template()
         model.get_decoder().layers[0]
     except Exception as error:  # of whatever reads the files
@@ -574,37 +570,35 @@ def load_model(name):
 
 
 def save_student(student, tokenizer, base_name, folder):
-    """Write folder/student in bfloat16; adapters also go into folder/adapter by themselves."""
+    """Write folder/student: adapters merged into the base, in bfloat16 (folder/adapter has them by
+    themselves), whole weights as they are."""
     if isinstance(student, PeftModel):  # merging them here would change the base as well
         student.save_pretrained(folder / "adapter")
-        base = AutoModelForCausalLM.from_pretrained(base_name, dtype=torch.bfloat16)
+        safe = {"use_safetensors": True, "trust_remote_code": False}
+        base = AutoModelForCausalLM.from_pretrained(base_name, dtype=torch.bfloat16, **safe)
         student = PeftModel.from_pretrained(base, folder / "adapter").merge_and_unload()
-    student.to(torch.bfloat16).save_pretrained(folder / "student")
+    student.save_pretrained(folder / "student")
     tokenizer.save_pretrained(folder / "student")
 
 
 def read_settings(arguments):
-    """The command line as {variant: Settings}. A flag overrides VARIANTS, and these PRESETS."""
-    parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS, argument_default=argparse.SUPPRESS, allow_abbrev=False
-    )
+    """The command line as {variant: Settings}."""
+    quiet = {"usage": argparse.SUPPRESS, "argument_default": argparse.SUPPRESS}
+    parser = argparse.ArgumentParser(allow_abbrev=False, **quiet)
     for x in fields(Settings):
         parser.add_argument("--" + x.name.replace("_", "-"), **x.metadata)
     given = vars(parser.parse_args(arguments))
     for name, value in given.items():
-        zero = value == 0 and name in MAY_BE_ZERO
-        if not (isinstance(value, str) or zero or 0 < value < math.inf):
+        allowed = isinstance(value, str) or value == 0 and name in MAY_BE_ZERO
+        if not (allowed or 0 < value < math.inf):
             parser.error(f"--{name.replace('_', '-')} {value} is out of range.")
-    model, variant = given.get("model", Settings.model), given.get("variant", Settings.variant)
+    model = given.get("model", Settings.model)
     if model == Settings.model and not Path(model).exists():
         parser.error("The small model is not there yet: run python data/prepare.py.")
-    try:
-        family = AutoConfig.from_pretrained(model, trust_remote_code=False).model_type
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{model} cannot be used: {error}") from error
+    family = AutoConfig.from_pretrained(model, trust_remote_code=False).model_type
     preset = PRESETS.get(family, {}) | PRESETS.get(Path(model).name.lower(), {})
-    rows = VARIANTS if "compare" in given else {variant: VARIANTS[variant]}
-    rows = {name: preset | row | given | {"variant": name} for name, row in rows.items()}
+    names = VARIANTS if "compare" in given else [given.get("variant", Settings.variant)]
+    rows = {name: preset | VARIANTS[name] | given | {"variant": name} for name in names}
     return {name: Settings(**row) for name, row in rows.items()}
 
 
@@ -630,13 +624,13 @@ def main(arguments):
     out = Path(shared.out) / Path(shared.model).resolve().name
     if out.exists() and not (shared.overwrite and (out / "report.json").exists()):
         raise ValueError(f"{out} exists: name another --out, or --overwrite the results in it.")
-    harmful, harmless, validation, anchors, tests = load_data(shared)
+    harmful, harmless, held_out, anchors, tests = load_data(shared)
     base, tokenizer = load_model(shared.model)
     unfinished = out.with_name(out.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
 
-    direction = find_refusal_direction(base, tokenizer, harmful, harmless, validation)
+    direction = find_refusal_direction(base, tokenizer, harmful, harmless, held_out)
     save_file({"vector": direction.vector}, unfinished / "direction.safetensors")
     report = {"layer": direction.layer, "position": direction.position, "score": direction.score}
     print("Direction:", report)
@@ -648,16 +642,16 @@ def main(arguments):
         found["safety prompt"] = evaluate(base, tokenizer, tests | told, shared, found["base"])
     for name, settings in variants.items():
         torch.manual_seed(settings.seed)
-        token_ids, votes = select_safety_tokens(base, tokenizer, direction, validation, settings)
-        tokens = [] if token_ids is None else [tokenizer.decode(i) for i in token_ids]
-        print(f"Safety tokens of {name}:", *map(repr, tokens))
+        token_ids, _ = select_safety_tokens(base, tokenizer, direction, held_out, settings)
+        words = [] if token_ids is None else [tokenizer.decode(i) for i in token_ids]
+        print(f"Safety tokens of {name}:", *map(repr, words))
         torch.manual_seed(settings.seed)  # students differ by their variant alone
         student = make_student(base, settings.lora)
         losses = distill(student, base, tokenizer, harmful, direction, token_ids, settings, anchors)
         found[name] = evaluate(student, tokenizer, tests, settings, found["base"])
         folder = unfinished / name if shared.compare else unfinished
         save_student(student, tokenizer, settings.model, folder)
-        report[name] = asdict(settings) | {"tokens": tokens, "losses": losses}
+        report[name] = asdict(settings) | {"tokens": words, "losses": losses}
 
     write_results(found, report, tests, unfinished)
     shutil.rmtree(out, ignore_errors=True)
@@ -665,15 +659,10 @@ def main(arguments):
     print(f"The student, its completions and figures are in {out}.")
 
 
-def run(arguments):
-    """main, where an error is one sentence and exit code 2."""
+if __name__ == "__main__":
     try:
-        main(arguments)
+        main(sys.argv[1:])
     except (OSError, ValueError, RuntimeError, MemoryError, KeyboardInterrupt) as error:
         message = str(error).strip().partition("\n")[0] or type(error).__name__
         print(f"safesteer.py: {message}", file=sys.stderr)
         sys.exit(2)
-
-
-if __name__ == "__main__":
-    run(sys.argv[1:])

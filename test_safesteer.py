@@ -1,6 +1,7 @@
 """Claims about SafeSteer, on tiny random models, and one short run of the real program: pytest"""
 import copy
 import json
+import runpy
 import subprocess
 import sys
 from collections import Counter
@@ -14,7 +15,7 @@ from transformers import (
     AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Gemma3TextConfig, GenerationConfig,
     LlamaConfig, MistralConfig, Phi3Config, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config,
     Qwen3MoeConfig,
-)  # fmt: skip
+)
 
 import safesteer
 from safesteer import Settings
@@ -26,7 +27,7 @@ HARMLESS = safesteer.load_prompts(HERE / "data" / "harmless_train.jsonl")[::10]
 TESTS = {
     "harmful": HARMFUL, "harmless": HARMLESS, "borderline": HARMLESS[:3],
     "capability": ["1 + 1?", "1 + 2?"], "expected": ["2", "3"],
-}  # fmt: skip
+}
 TEMPLATE = (  # with what makes real templates hard: a date, a default system turn, a thinking block
     "{% set today = strftime_now('%d %b %Y') %}<|im_start|>system\nToday is {{ today }}.<|im_end|>\n"
     "{% for turn in messages %}<|im_start|>{{ turn['role'] }}\n{{ turn['content'] }}<|im_end|>\n"
@@ -36,7 +37,7 @@ TEMPLATE = (  # with what makes real templates hard: a date, a default system tu
 FAST = Settings(
     epochs=2, batch_size=5, rollouts=1, micro_batch_size=8, max_new_tokens=6, samples=2, votes=20,
     safety_tokens=20, learning_rate=1e-3, lora=4, eval_max_new_tokens=5,
-)  # fmt: skip
+)
 
 
 def but(**changes):
@@ -52,7 +53,7 @@ def tokenizer():
     trainer = trainers.BpeTrainer(
         vocab_size=1000, special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
-    )  # fmt: skip
+    )
     openers = ["I'm sorry, I cannot. As an AI. Unfortunately Sorry"] * 9
     bpe.train_from_iterator(HARMFUL + HARMLESS + openers, trainer)
     return PreTrainedTokenizerFast(
@@ -71,7 +72,7 @@ def tiny(tokenizer, config, **options):
         num_attention_heads=4, num_key_value_heads=2, head_dim=16, tie_word_embeddings=False,
         bos_token_id=None, eos_token_id=None, pad_token_id=None, initializer_range=0.2,
         sliding_window=8, **options,
-    )  # fmt: skip
+    )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         _, states = safesteer.read_prompts(model, tokenizer, HARMFUL + HARMLESS)
@@ -158,7 +159,7 @@ def test_the_direction_is_the_plain_difference_of_means(model, tokenizer):
         alone = [
             model(**safesteer.encode_chat(tokenizer, [prompt]), output_hidden_states=True)
             .hidden_states[found.layer][0, found.position] for prompt in prompts
-        ]  # fmt: skip
+        ]
         means.append(torch.stack(alone).mean(0))
     torch.testing.assert_close(found.vector, means[0] - means[1], atol=1e-4, rtol=1e-4)
     assert found.vector.dtype == torch.float32 and found.layer < 4, "the last fifth is out"
@@ -219,7 +220,7 @@ def test_sampling_ignores_the_models_own_generation_config(model, tokenizer):
     own = GenerationConfig(
         do_sample=True, temperature=0.01, top_k=1, top_p=0.1, min_p=0.9, repetition_penalty=3.0,
         no_repeat_ngram_size=1, suppress_tokens=list(range(900)), min_new_tokens=5,
-    )  # fmt: skip
+    )
     sampled = []
     for model.generation_config in (GenerationConfig(), own):
         for greedy in (False, True):
@@ -287,7 +288,7 @@ def test_over_the_whole_vocabulary_the_loss_is_the_kl_divergence():
     log_s, log_t = student.log_softmax(-1), teacher.log_softmax(-1)
     for kind, target, other in (
         ("reverse", log_s, log_t), ("forward", log_t, log_s), ("generalized", log_s, log_t),
-    ):  # fmt: skip
+    ):
         kl = torch.nn.functional.kl_div(other, target, reduction="none", log_target=True).sum(-1)
         expected = torch.stack([row[kept].mean() for row, kept in zip(kl, mask, strict=True)])
         loss = safesteer.localized_kl(student, teacher, mask, kind=kind)
@@ -495,7 +496,7 @@ def test_the_default_is_the_paper(tmp_path):
         ("--learning-rate nan", "--learning-rate nan"),
         ("--variant other", "--variant"),
         ("--epoch 3", "--epoch"),
-        ("--model nowhere/nothing", "nowhere/nothing"),
+        ("--model nowhere/nothing", "connect"),
         ("--out {taken}", "--overwrite"),
         ("--data {taken}", "no prompt file"),
     ],
@@ -506,8 +507,9 @@ def test_a_wrong_input_costs_one_sentence(tmp_path, monkeypatch, capsys, flags, 
     theirs.parent.mkdir()
     theirs.write_text("keep me")
     flags = flags.format(taken=tmp_path).split() + ["--overwrite"]
+    monkeypatch.setattr("sys.argv", ["safesteer.py", *flags])
     with pytest.raises(SystemExit) as stop:
-        safesteer.run(flags)
+        runpy.run_path(str(HERE / "safesteer.py"), run_name="__main__")
     error = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2 and complaint in error[-1] and theirs.read_text() == "keep me"
 
