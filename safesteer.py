@@ -117,11 +117,13 @@ def load_prompts(source, column="instruction"):
     texts = []
     for number, line in enumerate(Path(source).read_bytes().splitlines() or [b""], 1):
         try:
-            texts.append(json.loads(line)[column].strip())
+            text = json.loads(line)[column].strip()
+            text.encode()  # fails on half a character
         except (ValueError, LookupError, TypeError, AttributeError):
-            texts.append("")
-        if not texts[-1]:
+            text = ""
+        if not text:
             raise ValueError(f"{source}, line {number}: not a JSON object with a text {column!r}.")
+        texts.append(text)
     return texts
 
 
@@ -538,11 +540,14 @@ def load_data(settings):
         print(f"{path}: {count} of {len(texts)}, the first: {texts[0]}")
         return [texts[i * len(texts) // count] for i in range(count)]  # files may be sorted
 
-    if not any(Path(settings.data).glob("*_*.jsonl")):
-        raise ValueError(f"{settings.data} holds no prompt file, named as in {DATA}.")
+    own, known = ({path.name for path in Path(x).glob("*.jsonl")} for x in (settings.data, DATA))
+    if not own or own - known:
+        raise ValueError(f"{settings.data} must hold files named as some of {', '.join(known)}.")
     harmful, harmless = load("harmful_train", 128), load("harmless_train", 160)
     held_out = harmless[::5]  # 32 of 160, as in the paper
     harmless = [prompt for prompt in harmless if prompt not in held_out]
+    if not harmless:
+        raise ValueError("harmless_train.jsonl needs two prompts at least.")
     anchors = harmless + 2 * load("borderline_train", 128)  # most of them sound harmful
     tests = {name: load(f"{name}_{settings.split}", settings.eval_limit) for name in COUNTED}
     tests["expected"] = load(f"capability_{settings.split}", settings.eval_limit, "answer")
@@ -557,12 +562,13 @@ def load_model(name):
             name, dtype=DTYPE, device_map="auto", use_safetensors=True, trust_remote_code=False,
             output_loading_info=True,
         )
-        tokenizer.get_chat_template()
-        model.get_decoder().layers[0]
-    except Exception as error:  # of whatever reads the files
+        if found["missing_keys"]:
+            raise ValueError(f"weights are missing, {min(found['missing_keys'])} among them")
+        with steer(model, RefusalDirection(torch.zeros(()), layer=0)):
+            if not refusal_scores(model, tokenizer, ["a", "b"]).isfinite().all():
+                raise ValueError("what it computes is not finite")
+    except Exception as error:  # of whatever reads the files, template or model
         raise ValueError(f"{name} cannot be used: {error}") from error
-    if found["missing_keys"]:
-        raise ValueError(f"{name} lacks weights: {min(found['missing_keys'])} and maybe others.")
     # For speed: a CPU would copy the frozen head for each row of a sliced, not contiguous input.
     head = model.get_output_embeddings()
     head.register_forward_pre_hook(lambda head, args: (args[0].contiguous(),))
@@ -595,7 +601,10 @@ def read_settings(arguments):
     model = given.get("model", Settings.model)
     if model == Settings.model and not Path(model).exists():
         parser.error("The small model is not there yet: run python data/prepare.py.")
-    family = AutoConfig.from_pretrained(model, trust_remote_code=False).model_type
+    try:
+        family = AutoConfig.from_pretrained(model, trust_remote_code=False).model_type
+    except Exception as error:  # of whatever reads the file
+        raise ValueError(f"{model} cannot be used: {error}") from error
     preset = PRESETS.get(family, {}) | PRESETS.get(Path(model).name.lower(), {})
     names = VARIANTS if "compare" in given else [given.get("variant", Settings.variant)]
     rows = {name: preset | VARIANTS[name] | given | {"variant": name} for name in names}

@@ -496,9 +496,9 @@ def test_the_default_is_the_paper(tmp_path):
         ("--learning-rate nan", "--learning-rate nan"),
         ("--variant other", "--variant"),
         ("--epoch 3", "--epoch"),
-        ("--model nowhere/nothing", "connect"),
+        ("--model nowhere/nothing", "nowhere/nothing"),
         ("--out {taken}", "--overwrite"),
-        ("--data {taken}", "no prompt file"),
+        ("--data {taken}", "must hold files"),
     ],
 )
 def test_a_wrong_input_costs_one_sentence(tmp_path, monkeypatch, capsys, flags, complaint):
