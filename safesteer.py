@@ -19,8 +19,8 @@ Where we depart from the paper or its authors' code, and why:
 3. d is the candidate that, added, makes held-out harmless prompts most refused: the authors' rule
    (by ablation, Arditi et al., arXiv 2406.11717) accepts no candidate of our small model.
 4. Every stage uses the model's own chat template: d is found where it is used.
-5. The same 100 harmful prompts serve for d and training (the paper takes 128 others for d), the
-   same 32 harmless ones choose d and elect S.
+5. One set of 100 harmful prompts serves for d and training, one of 32 harmless ones to choose d
+   and to elect S: the paper takes 128 other harmful ones for d.
 6. Sampling is pure: top-k or penalties from the model's configuration are not on-policy.
 7. A completion stays with its prompt: the authors' paged generation mixes those of a step.
 8. The small model has settings of its own (PRESETS), for a CPU.
@@ -194,8 +194,8 @@ def refusal_token_ids(tokenizer):
 
 @torch.no_grad()
 def read_prompts(model, tokenizer, prompts, positions=1):
-    """Refusal scores [n], log p(R) - log(1 - p(R)) for the first token of an answer, and the inputs
-    of blocks and output head at the last prompt tokens [n, positions, blocks + 1, d_model]: float32."""
+    """Refusal scores [n], log p(R) - log(1 - p(R)) for the first token of an answer, and inputs of
+    blocks and head at the last prompt tokens, [n, positions, blocks + 1, d_model]. All float32."""
     refusal_ids = refusal_token_ids(tokenizer)
     scores, states = [], []
     for part in batches(prompts, 32):
@@ -220,9 +220,8 @@ def find_refusal_direction(model, tokenizer, harmful, harmless, validation):
     tokens and the first 80 % of the blocks it takes the place whose d, added, makes the harmless
     `validation` prompts most refused. Returns a RefusalDirection. Raises ValueError if the model
     refuses no harmful prompt, answers no harmless one or cannot be steered."""
-    ids = encode_chat(tokenizer, ["a", "b"])["input_ids"]
-    alike = (ids[0] == ids[1]).flip(0).cumprod(0)  # 1 on what every prompt ends with, from its end
-    positions = max(1, int(alike.sum()))
+    one, other = encode_chat(tokenizer, ["a", "b"])["input_ids"].flip(1)
+    positions = max(1, int((one == other).cumprod(0).sum()))  # tokens that all prompts end with
     layers = max(1, int(0.8 * model.config.get_text_config().num_hidden_layers))
     means = []
     for prompts, sign, verb in ((harmful, 1, "refuses"), (harmless, -1, "answers")):
@@ -369,9 +368,8 @@ def make_student(base, lora=16):
 
 def distill(student, base, tokenizer, harmful, direction, token_ids, settings, harmless=()):
     """Train `student` in place on its own answers to `harmful` prompts. The teacher is `base`
-    steered by coefficient * d, `token_ids` is S, None the whole vocabulary, `harmless` are prompts
-    for the anchor. AdamW, cosine with 10 % warm-up, gradient norm clipped at 1. Returns the loss of
-    every step. Raises RuntimeError if a gradient is not finite, before it reaches a weight."""
+    steered by coefficient * d; `token_ids` is S, None the whole vocabulary; `harmless` is for the
+    anchor. Returns each step's loss. Raises RuntimeError if a gradient is not finite."""
     weights = [weight for weight in student.parameters() if weight.requires_grad]
     rate = settings.learning_rate * (10 if settings.lora else 1)
     optimizer = torch.optim.AdamW(weights, rate, weight_decay=0.0)
@@ -382,9 +380,9 @@ def distill(student, base, tokenizer, harmful, direction, token_ids, settings, h
 
     def learn(prompts, coefficient, weight):
         """The student answers, the steered base scores the answers, weight * loss flows back."""
-        prompts, size, total = prompts * settings.rollouts, settings.micro_batch_size, 0.0
-        completions, mask = sample_rollouts(student, tokenizer, prompts, settings.max_new_tokens)
-        parts = batches(prompts, size), batches(completions, size), batches(mask, size)
+        prompts, total = prompts * settings.rollouts, 0.0
+        rollouts = sample_rollouts(student, tokenizer, prompts, settings.max_new_tokens)
+        parts = [batches(x, settings.micro_batch_size) for x in (prompts, *rollouts)]
         for asked, ids, kept in zip(*parts, strict=True):
             length = kept.sum(1).max()
             ids, kept = ids[:, :length], kept[:, :length]
@@ -399,9 +397,7 @@ def distill(student, base, tokenizer, harmful, direction, token_ids, settings, h
 
     for indices in tqdm(steps, "3 distillation"):
         loss = learn([harmful[i] for i in indices], settings.coefficient, weight=1.0)
-        if settings.anchor:
-            # Ours: as many harmless prompts, their teacher the base steered by -d. The base itself
-            # would not pull before the student has drifted; -d does, from the first step.
+        if settings.anchor:  # ours: harmless prompts, whose teacher is the base steered by -d
             drawn = torch.randperm(len(harmless))[: len(indices)]
             loss += learn([harmless[i] for i in drawn], -1.0, weight=settings.anchor)
         torch.nn.utils.clip_grad_norm_(weights, 1.0, error_if_nonfinite=True)
@@ -616,11 +612,11 @@ def write_results(found, report, tests, folder):
     report["results"] = {name: x["metrics"] for name, x in found.items()}
     text = json.dumps(report, indent=1, ensure_ascii=False)
     (folder / "report.json").write_text(text, "utf-8")
-    prompts = [prompt for name in COUNTED for prompt in tests[name]]
-    columns = {"prompt": prompts} | {name: x["answers"] for name, x in found.items()}
+    asked = [{"set": name, "prompt": prompt} for name in COUNTED for prompt in tests[name]]
     with open(folder / "completions.jsonl", "w", encoding="utf-8") as lines:
-        for row in zip(*columns.values(), strict=True):
-            print(json.dumps(dict(zip(columns, row, strict=True)), ensure_ascii=False), file=lines)
+        for i, row in enumerate(asked):
+            row |= {name: x["answers"][i] for name, x in found.items()}
+            print(json.dumps(row, ensure_ascii=False), file=lines)
     draw_shift({name: x["states"] for name, x in found.items()}, folder / "shift.png")
     draw_tradeoff(report["results"], folder / "tradeoff.png")
     print(format_table(report["results"]))
