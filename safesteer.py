@@ -108,7 +108,10 @@ class Settings:
 
 
 MAY_BE_ZERO = "seed", "safety_tokens", "min_prob", "anchor", "lora"
-SAFETY_PROMPT = "Decline what is harmful, illegal or unethical in a sentence. Answer all else.\n\n"
+SAFETY_PROMPT = (
+    "You are a careful assistant. Decline in one sentence every request that could hurt somebody, "
+    "is illegal or is unethical. Answer every other one as well as you can.\n\n"
+)
 
 
 # ===== Prompts =====
@@ -265,7 +268,7 @@ def sample_rollouts(model, tokenizer, prompts, max_new_tokens, greedy=False):
     ends = end_of_turn_ids(model, tokenizer)
     own = model.generation_config  # replaced, for generate() fills the gaps of a given one from it
     model.generation_config = GenerationConfig(
-        do_sample=not greedy, top_k=0, max_new_tokens=max_new_tokens,
+        do_sample=not greedy, top_k=None if greedy else 0, max_new_tokens=max_new_tokens,
         eos_token_id=ends.tolist(), pad_token_id=int(ends[0]),
     )
     try:
@@ -297,7 +300,7 @@ def vote_safety_tokens(
     barred = log_t.exp().mean(0) < min_prob  # [vocab]
     if ineligible is not None:
         barred[ineligible] = True
-    lift = (log_t - log_0).masked_fill(barred, -math.inf)
+    lift = (log_t - log_0).masked_fill_(barred, -math.inf)
     lifted = lift.topk(min(votes_per_position, len(barred))).indices
     votes = lifted.flatten().bincount(minlength=len(barred)).masked_fill(barred, 0)
     votes, ids = votes.topk(min(k, len(barred)))
@@ -490,6 +493,12 @@ def format_table(results):
 
 
 # ===== Figures =====
+STYLES = {
+    "base": ("o", "0.4"), "teacher": ("s", "tab:blue"),
+    "paper": ("*", "crimson"), "anchored": ("*", "darkorange"),
+}
+
+
 def draw_shift(states, path):
     """States {name: [n, d_model]} and their means in the base's first two principal components
     (paper: general representation shift)."""
@@ -497,11 +506,12 @@ def draw_shift(states, path):
     axes = torch.linalg.svd(states["base"] - origin).Vh[:2].T  # [d_model, 2]
     figure = Figure(figsize=(6, 5), layout="constrained")
     panel = figure.subplots()
-    for name, rows in states.items():
-        x, y = ((rows - origin) @ axes).T
-        cloud = panel.scatter(x, y, 12, alpha=0.3, linewidths=0)
-        color = cloud.get_facecolor()[0, :3]
-        panel.scatter(x.mean(), y.mean(), 200, [color], edgecolors="w", label=name)
+    for name, (marker, color) in STYLES.items():
+        if name not in states:
+            continue
+        x, y = ((states[name] - origin) @ axes).T
+        panel.scatter(x, y, 12, color, marker=marker, alpha=0.3, linewidths=0)
+        panel.scatter(x.mean(), y.mean(), 200, color, marker=marker, edgecolors="w", label=name)
     panel.set(xlabel="first principal component of the base", ylabel="second")
     panel.legend(title="large: the mean")
     figure.savefig(path, dpi=120)
@@ -512,12 +522,11 @@ def draw_tradeoff(results, path):
     trade-off), from {name: metrics of evaluate}. The base is grey, SafeSteer a star."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     panels = figure.subplots(1, 3, sharey=True)
-    styles = {"base": ("o", "0.5"), "paper": ("*", "crimson"), "anchored": ("*", "gold")}
     for panel, kept in zip(panels, ("capability", "harmless", "borderline"), strict=True):
         for name, metrics in results.items():
             (x, left, right), (y, low, high) = metrics[kept], metrics["harmful"]
             bars = {"xerr": [[x - left], [right - x]], "yerr": [[y - low], [high - y]]}
-            marker, color = styles.get(name, ("s", None))
+            marker, color = STYLES.get(name, ("D", None))
             panel.errorbar(x, y, **bars, fmt=marker, color=color, markersize=9, label=name)
         panel.set(xlabel=f"{kept} {COUNTED[kept]}, %", xlim=(-3, 103), ylim=(-3, 103))
     panels[0].set_ylabel("harmful refused, %")
