@@ -495,7 +495,7 @@ def format_table(results):
 # ===== Figures =====
 STYLES = {
     "base": ("o", "0.4"), "teacher": ("s", "tab:blue"),
-    "paper": ("*", "crimson"), "anchored": ("*", "darkorange"),
+    "paper": ("*", "crimson"), "anchored": ("*", "tab:purple"),
 }
 
 
