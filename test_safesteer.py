@@ -519,9 +519,8 @@ def test_compare_runs_every_variant_and_leaves_whole_students(model, tokenizer, 
     model.save_pretrained(base)
     tokenizer.save_pretrained(base)
     (tmp_path / "data").mkdir()
-    for name, count in (("harmful_train", 10), ("harmless_train", 16)):
-        rows = [{"instruction": prompt} for prompt in (HARMFUL + HARMLESS)[:count]]
-        rows = [{"instruction": x} for x in (HARMFUL if name == "harmful_train" else HARMLESS)]
+    for name, prompts in (("harmful_train", HARMFUL), ("harmless_train", HARMLESS)):
+        rows = [{"instruction": prompt} for prompt in prompts]
         (tmp_path / "data" / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)), "utf-8")
     flags = ["--model", str(base), "--data", str(tmp_path / "data"), "--epochs", "1", "--lora", "2"]
     flags += ["--max-new-tokens", "4", "--eval-limit", "3", "--samples", "2", "--min-prob", "0"]
