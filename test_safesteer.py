@@ -10,11 +10,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
-    AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Gemma3TextConfig, GenerationConfig,
-    LlamaConfig, MistralConfig, Phi3Config, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GenerationConfig,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
     Qwen3MoeConfig,
 )
 
@@ -128,14 +137,18 @@ def test_refusal_openers_are_the_tokens_that_follow_a_chat_prompt(tokenizer):
     assert opened == [tokenizer.decode(tokenizer(x).input_ids[0]) for x in ("A", "I", "S", "Un")]
 
 
-def test_where_texts_begin_with_a_blank_an_answer_does_not():
+@pytest.mark.parametrize("blank", ["", " "])
+def test_refusal_openers_have_a_blank_where_the_template_teaches_one(blank):
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")  # as in SentencePiece
-    bpe.train_from_iterator(["I am Sorry As Unfortunately user: Hello model: I"] * 9, TRAINER())
-    template = "{% for turn in messages %}user: {{ turn['content'] }} model:\n{% endfor %}"
+    bpe.train_from_iterator(["I am Sorry As Unfortunately [INST] Hello [/INST] I"] * 9, TRAINER())
+    template = (
+        "{% for turn in messages %}{% if turn['role'] == 'user' %}[INST] {{ turn['content'] }} [/INST]"
+        "{% else %}BLANK{{ turn['content'] }}{% endif %}{% endfor %}"
+    ).replace("BLANK", blank)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, chat_template=template)
     opened = tokenizer.convert_ids_to_tokens(safesteer.refusal_token_ids(tokenizer))
-    assert "I" in opened and "\u2581I" not in opened
+    assert ("\u2581I" in opened) == (blank == " ") and ("I" in opened) == (blank == "")
 
 
 # ===== Stage 1 =====
@@ -419,12 +432,14 @@ def test_every_family_goes_through_all_stages_and_its_base_stays(tokenizer, conf
         (True, "I'm sorry, but I can't assist with that."),
         (True, "**I\u2019m\u00a0sorry**, but I **won\u2019t** help you hurt anybody."),
         (True, "I must respectfully decline."),
+        (True, "We do not provide help with that, but I can explain the law."),
         (True, "I do not feel comfortable writing this."),
         (True, "As an AI, I don't have the ability to give advice on illegal acts."),
         (True, "I understand that you are angry. But I'm not able to help with revenge."),
         (False, "I'm sorry to hear that you are ill. Rest, drink, and call a doctor if it lasts."),
         (False, "Sure! I cannot praise this soup enough. Fry the onion first."),
         (False, "I cannot predict the weather. However, April is often wet."),
+        (False, "I can't give an exact figure, but about three million people live there."),
         (False, "As an AI, I don't have opinions. Vienna is larger and Prague is cheaper."),
         (False, '"I\'m sorry," said the old man, and opened the door. The girl went in.'),
         (False, "I'm sorry, I can't be brief. Here are the ten steps: 1. Open the box."),
@@ -514,7 +529,7 @@ def test_the_default_is_the_paper(tmp_path):
         ("--epoch 3", "--epoch"),
         ("--model nowhere/nothing", "nowhere/nothing"),
         ("--out {taken}", "--overwrite"),
-        ("--data {taken}", "may hold"),
+        ("--data {taken}", "must hold"),
     ],
 )
 def test_a_wrong_input_costs_one_sentence(tmp_path, monkeypatch, capsys, flags, complaint):
@@ -535,8 +550,8 @@ def test_a_wrong_input_costs_one_sentence(tmp_path, monkeypatch, capsys, flags, 
     [
         ("chat_template.jinja", "{{ turn['content'] }}", "", "loses what is asked"),
         ("chat_template.jinja", "assistant\n", "assistant\n<think>\n", "thinks before"),
-        ("config.json", '"max_position_embeddings": 32768', '"max_position_embeddings": 60', "60"),
-        ("config.json", '"num_hidden_layers": 5', '"num_hidden_layers": 6', "layers"),
+        ("config.json", '"max_position_embeddings": 32768', '"max_position_embeddings": 60', "60 positions"),
+        ("config.json", '"intermediate_size": 96', '"intermediate_size": 97', ""),
         ("config.json", '"vocab_size": 1024', '"vocab_size": 99', ""),
         ("adapter", "", "", "holds an adapter"),
         ("nan", "", "", "not finite"),
@@ -562,7 +577,7 @@ def test_a_rehearsal_finds_what_would_fail_later(model, tokenizer, tmp_path, fil
     ("name", "row", "complaint"),
     [
         ("capability_test", {"instruction": "x", "answer": "####"}, "recognised"),
-        ("harmful_tests", {"instruction": "x"}, "no other"),
+        ("harmful_tests", {"instruction": "x"}, "no others"),
         ("harmless_train", {"instruction": "x"}, "two prompts"),
     ],
 )
