@@ -60,7 +60,7 @@ PRESETS = {  # what differs from Settings, by model family (the paper's) and by 
 }
 VARIANTS = {  # and by variant: these override PRESETS, flags override both
     "paper": {},
-    "anchored": dict(
+    "anchored": dict(  # chosen on validation prompts; a refusal is decided within two tokens
         anchor=0.07, coefficient=1.5, kl="generalized", safety_tokens=13, votes=20, min_prob=1e-3,
         max_new_tokens=2, epochs=3, rollouts=1, learning_rate=1e-5, micro_batch_size=4,
     ),
@@ -191,7 +191,7 @@ def refusal_token_ids(tokenizer):
     prompt = render_chat(tokenizer, ["Hello"])[0]
     start = len(tokenizer(prompt, add_special_tokens=False).input_ids)
     if render_chat(tokenizer, ["Hello"], "Sorry")[0].startswith(prompt + " Sorry"):
-        prompt += " "  # as Llama 2 and Mistral are taught
+        prompt += " "  # Llama 2, Mistral: it becomes part of the answer's first token
     answered = tokenizer([prompt + text for text in openers], add_special_tokens=False).input_ids
     return torch.tensor(sorted({ids[start] for ids in answered}))
 
@@ -236,8 +236,7 @@ def find_refusal_direction(model, tokenizer, harmful, harmless, validation):
     vectors = (means[0] - means[1]).float()  # [positions, layers, d_model]
 
     def added(place, prompts):
-        position, layer = place
-        with steer(model, RefusalDirection(vectors[position, layer], layer)):
+        with steer(model, RefusalDirection(vectors[place], layer=place[1])):
             return refusal_scores(model, tokenizer, prompts).mean().item()
 
     # Every eighth prompt picks the best eighth of the places, all prompts the best of these.
@@ -303,7 +302,7 @@ def vote_safety_tokens(
     if ineligible is not None:
         barred[ineligible] = True
     lift = (log_t - log_0).masked_fill_(barred, -math.inf)
-    lifted = lift.topk(min(votes_per_position, len(barred))).indices
+    lifted = lift.topk(min(votes_per_position, len(barred))).indices  # may reach barred ones
     votes = lifted.flatten().bincount(minlength=len(barred)).masked_fill(barred, 0)
     votes, ids = votes.topk(min(k, len(barred)))
     return ids[votes > 0], votes[votes > 0]
@@ -312,7 +311,7 @@ def vote_safety_tokens(
 @torch.no_grad()
 def select_safety_tokens(model, tokenizer, direction, prompts, settings):
     """Elect S from `samples` answers of `horizon` tokens that the teacher begins to each prompt
-    that the base answers, up to where the base would end its turn and has no more to say. Returns
+    that the base answers, up to where the base would end its turn: there d lifts any word. Returns
     what vote_safety_tokens does, or (None, None), the whole vocabulary, if `safety_tokens` is 0."""
     if settings.safety_tokens == 0:
         return None, None
@@ -363,7 +362,7 @@ def make_student(base, lora=16):
     if lora == 0:
         return copy.deepcopy(base).float().requires_grad_(True)
     shared = {id(weight): weight for weight in base.parameters()}
-    student = copy.deepcopy(base, memo=shared)  # new modules: no hook on the base reaches them
+    student = copy.deepcopy(base, memo=shared)  # copies all but these: no hook on base reaches it
     inside_blocks = set(student.get_decoder().layers.modules())
     named = [(name, layer) for name, layer in student.named_modules() if layer in inside_blocks]
     linear = [name for name, layer in named if type(layer) is torch.nn.Linear]
@@ -402,7 +401,7 @@ def distill(student, base, tokenizer, harmful, direction, token_ids, settings, h
 
     for indices in tqdm(steps, "3 distillation"):
         loss = learn([harmful[i] for i in indices], settings.coefficient, weight=1.0)
-        if settings.anchor:  # ours: harmless prompts; -d, as the mere base pulls at no new student
+        if settings.anchor:  # ours: harmless, taught by base - d, as KL to base is flat at first
             drawn = torch.randperm(len(harmless))[: len(indices)]
             loss += learn([harmless[i] for i in drawn], -1.0, weight=settings.anchor)
         torch.nn.utils.clip_grad_norm_(weights, 1.0, error_if_nonfinite=True)
@@ -454,8 +453,7 @@ def is_correct(answer, expected):
     if re.fullmatch(f"{number} ?%?", expected):
         numbers = re.findall(number, answer)
         return bool(numbers) and float(numbers[-1]) == float(expected.rstrip("% "))
-    option = re.fullmatch(r"\(?([A-J])\)?", expected)
-    if option:
+    if option := re.fullmatch(r"\(?([A-J])\)?", expected):
         no_article = "(?! (?!is |because |since |as |and |or )[\\w'\"])"
         return re.search(rf"(?<!\w){option[1]}(?![\w+#']){no_article}", answer) is not None
     whole = rf"(?<![\w.-]){re.escape(expected)}(?![\w+#])"
@@ -492,11 +490,10 @@ def evaluate(model, tokenizer, tests, settings, base_found=None):
         metrics[name] = [100 * share for share in shares]
         answers += texts
 
-    ids, mask, base_logits = base_found["reference"] if base_found else (*own, None)
+    ids, mask = base_found["reference"][:2] if base_found else own  # always the base's answers
     logits = completion_logits(model, tokenizer, tests["harmless"], ids, mask)
-    base_logits = logits if base_logits is None else base_logits
-    reference = ids, mask, base_logits
-    rows = zip(logits.split(1), base_logits.split(1), mask.split(1), strict=True)
+    reference = base_found["reference"] if base_found else (ids, mask, logits)
+    rows = zip(logits.split(1), reference[2].split(1), mask.split(1), strict=True)
     metrics["kl"] = sum(localized_kl(*row).item() for row in rows) / len(logits)
     states = read_prompts(model, tokenizer, tests["harmless"])[1][:, 0, -1]
     return {"metrics": metrics, "answers": answers, "states": states, "reference": reference}
@@ -568,7 +565,7 @@ def load_data(settings):
     own = {path.name for path in Path(settings.data).glob("*.jsonl")}
     if not own or own - known:
         raise ValueError(f"{settings.data} must hold .jsonl files named as in {DATA}, no others.")
-    harmful, harmless = load("harmful_train", 128), load("harmless_train", 160)
+    harmful, harmless = load("harmful_train", 128), load("harmless_train", 160)  # at most
     held_out = harmless[::5]  # 32 of 160, as in the paper
     harmless = [prompt for prompt in harmless if prompt not in held_out]
     if not harmless:
@@ -588,12 +585,11 @@ def load_model(name):
     model, found = AutoModelForCausalLM.from_pretrained(
         name, dtype=DTYPE, device_map="auto", output_loading_info=True, **SAFE
     )
-    astray = [*found["missing_keys"], *found["unexpected_keys"]]
-    if astray:
+    if astray := [*found["missing_keys"], *found["unexpected_keys"]]:
         raise ValueError(f"weights and configuration differ, {min(astray)} is in one of them only")
     if hasattr(model, "peft_config"):
         raise ValueError("its folder holds an adapter: merge that into the weights first")
-    # For speed: given a slice that is not contiguous, a CPU copies the head once for each row.
+    # For speed: given logits_to_keep's strided slice, a CPU copies the head once for each row.
     head = model.get_output_embeddings()
     head.register_forward_pre_hook(lambda head, args: (args[0].contiguous(),))
     return model.requires_grad_(False), tokenizer
@@ -632,14 +628,14 @@ def rehearse(settings, prompts, folder):
     blocks = dict(student.get_decoder().layers.named_parameters())
     sizes = {name: weight.numel() for name, weight in blocks.items() if "lora_" not in name}
     trained = sum(n for name, n in sizes.items() if not settings.lora or "base_layer" in name)
-    print(f"Trained: {trained / sum(sizes.values()):.0%} of the blocks' weights.")
+    print(f"Trained or adapted: {trained / sum(sizes.values()):.0%} of the blocks' weights")
     return base, tokenizer
 
 
 def save_student(student, base_name, folder):
-    """Write folder/student: adapters merged into the base, in bfloat16 (folder/adapter has them by
-    themselves), whole weights in float32. Every other file is the base's own."""
-    if isinstance(student, PeftModel):  # they share the base's weights: merged here they change it
+    """Write folder/student: adapters merged into the base, rounded to bfloat16 (folder/adapter has
+    them as they are), whole weights in float32. Every other file is the base's own."""
+    if isinstance(student, PeftModel):  # merged in place, they would change the shared base
         student.save_pretrained(folder / "adapter")
         base = AutoModelForCausalLM.from_pretrained(base_name, dtype=torch.bfloat16, **SAFE)
         student = PeftModel.from_pretrained(base, folder / "adapter").merge_and_unload()
@@ -658,7 +654,7 @@ def read_settings(arguments):
     parser = argparse.ArgumentParser(allow_abbrev=False, **quiet)
     for x in fields(Settings):
         parser.add_argument("--" + x.name.replace("_", "-"), **x.metadata)
-    given = vars(parser.parse_args(arguments))
+    given = vars(parser.parse_args(arguments))  # only the flags typed, no defaults
     for name, value in given.items():
         allowed = isinstance(value, str) or (value == 0 and name in MAY_BE_ZERO)
         if not (allowed or 0 < value < 2**63):
