@@ -614,7 +614,7 @@ def rehearse(settings, prompts, folder):
         answers, _ = sample_rollouts(base, tokenizer, prompts, 4, greedy=True)
         # The prompt may end with an empty block of thinking, or open one.
         begun = tokenizer.decode(torch.cat([ids[0], answers[0].cpu()])).rpartition("</think>")[2]
-        if re.search(r"[<\[]think(ing)?[>\]]|channel\|>analysis", begun, re.I):
+        if re.search(r"[<\[◁](\w+:)?think(ing)?[>\]▷]|channel\|>analysis", begun, re.I):
             raise ValueError("it thinks before it answers, so its first words are no refusal")
         student = make_student(base, settings.lora)
         short = replace(settings, epochs=1, batch_size=1, rollouts=1, max_new_tokens=2)
