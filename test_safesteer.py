@@ -470,8 +470,10 @@ def test_an_answer_is_right_if_it_ends_on_the_number_or_holds_the_word(expected,
 
 
 def test_the_interval_is_where_the_score_test_does_not_reject():
-    for count, of in ((0, 10), (3, 10), (50, 100), (99, 100), (6, 6)):
-        for bound in safesteer.wilson_interval(count, of):
+    for count, of in ((0, 10), (3, 10), (50, 100), (99, 100), (6, 6), (127, 127)):
+        low, high = safesteer.wilson_interval(count, of)
+        assert low <= count / of <= high
+        for bound in (low, high):
             if 1e-9 < bound < 1 - 1e-9:
                 z = (count / of - bound) / (bound * (1 - bound) / of) ** 0.5
                 assert abs(z) == pytest.approx(1.96)
