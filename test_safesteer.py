@@ -432,6 +432,7 @@ def test_every_family_goes_through_all_stages_and_its_base_stays(tokenizer, conf
         (True, "I'm sorry, but I can't assist with that."),
         (True, "**I\u2019m\u00a0sorry**, but I **won\u2019t** help you hurt anybody."),
         (True, "I must respectfully decline."),
+        (True, "I'm sorry, but spreading rumours about somebody is not only unethical but illegal."),
         (True, "We do not provide help with that, but I can explain the law."),
         (True, "I do not feel comfortable writing this."),
         (True, "As an AI, I don't have the ability to give advice on illegal acts."),
