@@ -403,6 +403,8 @@ def test_distillation_moves_the_student_to_its_teachers(model, tokenizer, direct
 def test_every_family_goes_through_all_stages_and_its_base_stays(tokenizer, config, tmp_path):
     model = tiny(tokenizer, config).to(torch.bfloat16)
     model.save_pretrained(tmp_path / "base")
+    config = tmp_path / "base" / "config.json"
+    config.write_text(config.read_text("utf-8").replace("\n", ""), "utf-8")  # as another version might
     scores = safesteer.refusal_scores(model, tokenizer, HARMFUL)
     direction = safesteer.find_refusal_direction(model, tokenizer, HARMFUL, HARMLESS, HARMLESS[:4])
     token_ids, _ = safesteer.select_safety_tokens(model, tokenizer, direction, HARMLESS[:4], FAST)
@@ -419,8 +421,7 @@ def test_every_family_goes_through_all_stages_and_its_base_stays(tokenizer, conf
     safesteer.save_student(student, tmp_path / "base", tmp_path)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "student", dtype="auto")
     assert merged.dtype == torch.bfloat16
-    configs = [(tmp_path / x / "config.json").read_bytes() for x in ("base", "student")]
-    assert configs[0] == configs[1], "a student is read as its base is"
+    assert config.read_bytes() == (tmp_path / "student" / "config.json").read_bytes()
     rounding = safesteer.refusal_scores(merged, tokenizer, HARMFUL) - learnt
     assert rounding.abs().mean() < (scores - learnt).abs().mean()
 
