@@ -32,7 +32,7 @@ import math
 import re
 import shutil
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -736,7 +736,8 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # not every terminal can show every token
+    with suppress(AttributeError):  # not every terminal can show every token, a notebook can
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main(sys.argv[1:])
     except (Exception, KeyboardInterrupt) as error:
