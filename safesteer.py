@@ -524,6 +524,8 @@ def load_model(name):
     """A frozen model in DTYPE and its tokenizer. Raises ValueError if they do not fit this file."""
     if name == Settings.model and not Path(name).exists():
         raise ValueError("The small model is not there yet: run python data/prepare.py.")
+    if Path(name).is_dir():
+        name = str(Path(name).resolve())  # the saved adapters name their base like this
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     options = {"device_map": "auto", "use_safetensors": True, "trust_remote_code": False}
     model = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPE, **options)
