@@ -434,6 +434,7 @@ def evaluate(model, tokenizer, tests, limit, reference):
     return {"answers": answers, "metrics": metrics, "states": states}
 
 
+# ===== Figures =====
 def draw_figures(results, folder):
     """From {name: what `evaluate` returns}, tradeoff.png (paper: safety-capability trade-off) and
     shift.png: states and, large, their means in two principal components of base and teacher
@@ -501,8 +502,7 @@ def load_data(settings):
     default = {path.name: path for path in DATA.iterdir()}
     custom = {path.name: path for path in Path(settings.data).iterdir() if path.name[0] != "."}
     if not custom or custom.keys() - default:
-        wrong = sorted(custom.keys() - default) or "none at all"
-        raise ValueError(f"{settings.data} must hold files named as in {DATA}, not {wrong}.")
+        raise ValueError(f"{settings.data} must hold files named as in {DATA}, not {[*custom]}.")
 
     def load(name, most, column="instruction"):
         texts = load_prompts((default | custom)[f"{name}.jsonl"], column)
