@@ -92,7 +92,7 @@ class Settings:
     rollouts: int = HfArg(default=8, help="completions per prompt in a step")
     micro_batch_size: int = HfArg(default=1, help="completions in a forward pass, for memory")
     max_new_tokens: int = HfArg(default=512, help="length of a completion at most")
-    lora: int = HfArg(default=16, help="rank of adapters; 0: all weights (a tenth of the rate)")
+    lora: int = HfArg(default=16, help="adapter rank; 0: all weights, set --learning-rate 1e-5")
     # Evaluation
     eval_limit: int = HfArg(default=100, help="prompts of each set at most")
     eval_max_new_tokens: int = HfArg(default=32, help="length of an answer at most")
@@ -126,7 +126,8 @@ def encode_chat(tokenizer, prompts):
 def forward(model, input_ids, attention_mask, **options):
     """Run the model; positions count from the first real token, so that padding shifts none."""
     positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
-    return model(input_ids, attention_mask, position_ids=positions, use_cache=False, **options)
+    options |= {"attention_mask": attention_mask, "position_ids": positions, "use_cache": False}
+    return model(input_ids, **options)
 
 
 # ===== Stage 1: the safety teacher =====
@@ -281,6 +282,8 @@ def select_safety_tokens(model, tokenizer, direction, held_out, settings):
         return None, None
     scores = refusal_scores(model, tokenizer, held_out)
     answered = [prompt for prompt, score in zip(held_out, scores, strict=True) if score < 0]
+    if not answered:
+        raise ValueError("The model answers no held-out harmless prompt: none can vote.")
     asked = answered * settings.samples
     with steer(model, direction):
         completions, mask = sample_rollouts(model, tokenizer, asked, settings.horizon)
@@ -501,12 +504,13 @@ def load_data(settings):
     """Prompts to refuse and to answer, held-out ones to answer, those of the anchor; the tests."""
     default = {path.name: path for path in DATA.iterdir()}
     custom = {path.name: path for path in Path(settings.data).iterdir() if path.name[0] != "."}
-    if not custom or custom.keys() - default:
+    if custom.keys() - default or not any(name.endswith(".jsonl") for name in custom):
         raise ValueError(f"{settings.data} must hold files named as in {DATA}, not {[*custom]}.")
 
     def load(name, most, column="instruction"):
         texts = load_prompts((default | custom)[f"{name}.jsonl"], column)
-        return texts[:: math.ceil(len(texts) / most)]  # not the first ones: files may be sorted
+        count = min(most, len(texts))
+        return [texts[i * len(texts) // count] for i in range(count)]  # files may be sorted
 
     harmful, harmless = load("harmful_train", 128), load("harmless_train", 160)
     borderline = load("borderline_train", 128)
