@@ -1,39 +1,43 @@
 """SafeSteer in one file: a chat model learns from 100 harmful prompts to refuse such requests.
 
-    python safesteer.py                                     # the small model of data/prepare.py
+    python safesteer.py                                     # a small model, see data/prepare.py
     python safesteer.py --model Qwen/Qwen2.5-7B-Instruct    # any chat model, by hub id or folder
     python safesteer.py --compare                           # all variants, one table
 
 The method (arXiv 2606.02530) needs no stronger model and no answers written by people:
 1. Safety teacher: `find_refusal_direction`, `steer`. The difference d between the mean hidden
-   states of harmful and of harmless prompts is a refusal direction. A hook adds d to the base model
-   pi_0. This makes the teacher pi_t, which refuses nearly everything.
+   states of harmful and of harmless prompts is a refusal direction. It is computed at many blocks
+   and tokens, and the best is taken. A hook adds d to the base model pi_0. This makes the teacher
+   pi_t, which refuses nearly everything.
 2. Safety tokens: `select_safety_tokens`, `vote_safety_tokens`. The teacher begins answers to
-   harmless prompts. A vote elects the tokens that d makes likelier there: the safety tokens S.
+   harmless prompts, N for each, of H tokens. A vote elects the tokens that d makes likelier there:
+   the safety tokens S.
 3. Localized on-policy distillation: `distill`, `learn_from_rollouts`, `localized_kl`. The student
    pi_s, at first equal to the base, answers harmful prompts. On these answers a reverse KL to the
    teacher is its loss, on the tokens in S only. All other tokens stay free.
 
 Where we depart from the paper or from its authors' code:
-1. The paper trains all weights, in bfloat16. We train adapters, at ten times the paper's rate, so
-   that one GPU is enough. `--lora 0` trains all weights, in float32: bfloat16 rounds small steps.
-2. The authors' code has a table with the ids of refusal tokens for each family of models. We ask
-   the model's own tokenizer and chat template, so that one code serves all families.
-3. The authors choose among many d. They take those that, added, make harmless prompts refused
-   (score 0 or more) and, removed, hardly change harmless answers (KL 0.1 or less). Of these they
-   take the one whose removal stops most refusals. So do we. Where none is left, as on our small
-   model, we take the d that, added, makes harmless prompts most refused.
+1. The paper trains all weights, in bfloat16. We train adapters, so that one GPU is enough, and they
+   need ten times the rate. `--lora 0` trains all weights, in float32, since bfloat16 rounds small
+   steps away.
+2. How much a model refuses is scored by its probability of first tokens such as "Sorry". The
+   authors list the ids of these tokens for each family of models. We ask the model's tokenizer.
+3. Like the authors, we keep each d that makes harmless prompts refused when it is added, and hardly
+   changes harmless answers when it is projected out of all states. The best is the one without
+   which harmful prompts are refused least. Unlike them, we go on if none is kept, as on our small
+   model: we take the d that, added, makes harmless prompts most refused.
 4. The paper computes d from other prompts than it trains on. We use our 100 for both.
-5. For S, the authors' teacher writes H - 1 tokens of an answer, past the end of its turn, with the
-   model's own top-k and repetition penalty. Ours writes H tokens, stops there, and uses neither.
+5. In stage 2, the authors' teacher writes H - 1 tokens, past the end of its turn, with the model's
+   own top-k and repetition penalty. Ours writes H, fewer if its turn ends, and uses neither.
 6. The authors' code pairs some answers with a wrong prompt in training, a fault. Ours does not.
 7. The paper evaluates on public benchmarks, with a model as judge. We have prompts of our own, and
-   a list of phrases judges. The paper also trains a student from a teacher that a system prompt
-   makes careful. We put such words before the user's prompt, and evaluate that base, untrained.
-8. Our small model has settings of its own, for a CPU: one answer of 64 tokens to a prompt, and a
-   rate chosen on validation prompts.
-9. `--variant anchored` is ours. Harmless prompts join every step, the loss is a generalized KL, and
-   an answer ends after two tokens, where a refusal is decided. The README says why.
+   a list of phrases judges. The paper also distils from a teacher with a careful system prompt. We
+   only evaluate the base with such a prompt.
+8. Our small model has settings of its own, for a CPU: one answer of 64 tokens to a prompt, answers
+   of 20 tokens in the evaluation, and a rate chosen on validation prompts.
+9. `--variant anchored` is ours. Harmless prompts, also some that only sound harmful, join every
+   step. Their teacher is the base steered by -d. Answers end after two tokens, where a refusal is
+   decided. The loss is least where student and teacher agree; on S alone, a plain KL is not.
 """
 import copy
 import json
@@ -60,7 +64,7 @@ from transformers.hf_argparser import HfArg
 DATA = Path(__file__).resolve().parent / "data"
 SMALL_MODEL = "qwen2.5-coder-0.5b-instruct"
 
-# What counts first: a flag, then its variant, then its model, then the default.
+# A setting is what its flag says, or else the variant, or else the model, or else the default.
 VARIANTS = {
     "safesteer": {},  # the paper's method
     "anchored": dict(  # ours, tuned as a whole on the validation prompts
@@ -81,8 +85,8 @@ class InputError(ValueError):
 
 @dataclass
 class Settings:
-    """Every setting is a flag: `learning_rate` is --learning-rate. The defaults of stages 2 and 3
-    are the paper's for Qwen, but for `lora`. Raises InputError where a number makes no sense."""
+    """Every setting is a flag: `learning_rate` is --learning-rate. Where the paper has a setting,
+    the default is its value for Qwen. Raises InputError where a number makes no sense."""
     model: str = HfArg(default=str(DATA / SMALL_MODEL), help="hub id or folder")
     data: str = HfArg(default=str(DATA), help="folder with all prompt files, named as in data/")
     split: Literal["test", "validation"] = HfArg(default="test", help="prompts to evaluate on")
@@ -95,10 +99,10 @@ class Settings:
     votes: int = HfArg(default=200, help="K', tokens that a position votes for")
     samples: int = HfArg(default=8, help="N, answers of the teacher to a prompt")
     horizon: int = HfArg(default=7, help="H, tokens of such an answer")
-    min_prob: float = HfArg(default=1e-8, help="mean probability that a token needs")
+    min_prob: float = HfArg(default=1e-8, help="mean probability that a token of S needs")
     # Stage 3: distillation
     kl: Literal["reverse", "forward", "generalized"] = HfArg(default="reverse", help="kind of loss")
-    coefficient: float = HfArg(default=1.0, help="factor of d while a harmful prompt is taught")
+    coefficient: float = HfArg(default=1.0, help="factor of d for harmful prompts in stage 3")
     anchor: float = HfArg(default=0.0, help="weight of harmless prompts in a step; 0: none")
     learning_rate: float = HfArg(default=1e-5, help="peak rate if all weights are trained")
     adapter_rate: float = HfArg(default=10.0, help="adapters learn at this multiple of it")
@@ -130,7 +134,7 @@ def spread(items, most):
 
 def render_chat(tokenizer, prompt, answer=None):
     """A prompt in the model's chat template, a str. It ends where an answer begins, or with the
-    `answer` that is given. Thinking is off, and the date in Llama 3's template is fixed."""
+    `answer` if one is given. Thinking is off. Llama 3's date is fixed, so that numbers repeat."""
     chat = [{"role": "user", "content": prompt}]
     if answer:
         chat.append({"role": "assistant", "content": answer})
@@ -150,8 +154,8 @@ def encode_chat(tokenizer, prompts):
 
 
 def batches(tokenizer, prompts, tokens=1024):
-    """Slices of `prompts`, in order, of at most `tokens` tokens with padding, or of one prompt. So
-    one long prompt does not stretch all others to its length."""
+    """Slices of `prompts`, in order, of at most `tokens` prompt tokens, padding included. A prompt
+    longer than that goes alone, and so stretches no other to its length."""
     start, longest = 0, 0
     for end, prompt in enumerate(prompts):
         length = encode_chat(tokenizer, [prompt]).input_ids.shape[1]
@@ -178,16 +182,16 @@ class RefusalDirection:
     vector: torch.Tensor  # d, [d_model] float32, not normalised
     layer: int  # the decoder block whose input it was read from and is added to
     position: int = -1  # the prompt token it was read at, counted from the end
-    added: float = math.nan  # mean refusal score of harmless prompts while d is added
-    removed: float = math.nan  # mean refusal score of refused harmful prompts while d is removed
-    removal_kl: float = math.nan  # KL(base || base without d) of harmless answers' first token
+    added: float | None = None  # mean refusal score of harmless prompts while d is added
+    removed: float | None = None  # mean refusal score of refused harmful prompts while d is removed
+    removal_kl: float | None = None  # KL(base || base without d) of harmless answers' first token
     rule: str = ""  # the rule by which it was chosen
 
 
 @contextmanager
 def steer(model, direction, coefficient=1.0):
-    """Inside the `with`, the model is the safety teacher: coefficient * d is added to the input of
-    block `direction.layer`, at every token, in prefill and decoding."""
+    """Inside the `with`, coefficient * d is added to the input of block `direction.layer`, at every
+    token, in prefill and decoding. With a positive coefficient, the model is the safety teacher."""
     def add_direction(block, args):
         hidden = args[0]  # [n, seq, d_model]
         return (hidden + coefficient * direction.vector.to(hidden), *args[1:])
@@ -208,7 +212,7 @@ def ablate(model, direction):
 
     parts = [model.get_input_embeddings()]
     for block in model.get_decoder().layers:
-        # Families name their attention and MLP differently. The other parts of a block are norms.
+        # Families name attention and MLP differently. What else a block holds are norms.
         parts += [block, *(part for name, part in block.named_children() if "norm" not in name)]
     with ExitStack() as hooks:
         for part in parts:
@@ -219,22 +223,22 @@ def ablate(model, direction):
 def refusal_token_ids(tokenizer):
     """R, the tokens that open a refusal where an answer begins: [r] int64 (departure 2). They are
     crude: "I" is one of them, so any answer that begins with it counts."""
-    openers = "I'm sorry", "I cannot", "I can't", "Sorry", "As an AI", "Unfortunately"
+    openers = "I'm sorry", "I cannot", "Sorry", "As an AI", "Unfortunately"
     prompt = render_chat(tokenizer, "Hello")
     start = len(tokenizer(prompt, add_special_tokens=False).input_ids)
     if render_chat(tokenizer, "Hello", "Sorry").startswith(prompt + " Sorry"):
-        prompt += " "  # Llama 2, Mistral: it is part of the answer's first token, still at `start`
+        prompt += " "  # Llama 2, Mistral: this blank is part of the answer's first token
     answered = tokenizer([prompt + text for text in openers], add_special_tokens=False).input_ids
     return torch.tensor(sorted({ids[start] for ids in answered}))
 
 
 @torch.no_grad()
 def read_answer_start(model, tokenizer, prompts, positions=0):
-    """What a model says and holds where an answer begins, three float32 tensors on the CPU:
+    """What a model computes where an answer begins, three float32 tensors on the CPU:
     - refusal scores [n], the log-odds log p(R) - log(1 - p(R)) that the answer opens a refusal;
     - log-probabilities of its first token, [n, vocab];
-    - inputs of the blocks and the head at the last `positions` tokens of the prompt, none by
-      default, [n, positions, blocks + 1, d_model]."""
+    - states [n, positions, blocks + 1, d_model], the inputs of the blocks and of the head at the
+      last `positions` tokens of the prompt."""
     refusal_ids = refusal_token_ids(tokenizer)
     log_probs, states = [], []
     for part in batches(tokenizer, prompts):
@@ -251,20 +255,20 @@ def read_answer_start(model, tokenizer, prompts, positions=0):
 
 
 def refusal_scores(model, tokenizer, prompts):
-    """The log-odds that an answer opens a refusal, [n] float32: above 0, the prompt is refused."""
+    """The refusal scores alone, [n] float32: a prompt with a score above 0 is refused."""
     scores, _, _ = read_answer_start(model, tokenizer, prompts)
     return scores
 
 
 def find_candidates(model, tokenizer, harmful, harmless):
     """d = mean h(harmful) - mean h(harmless) at many places (paper: safety teacher construction).
-    A place is a block of the first 80 %, whose input is h, and a token that the template puts
-    behind a prompt, such as <|im_end|>. Only harmful prompts that the model refuses count, and
-    harmless ones that it answers. Returns a list of RefusalDirection and the list of the refused
-    prompts. Raises InputError if no prompt of a kind counts."""
-    a, b = encode_chat(tokenizer, ["a", "b"]).input_ids  # they share the end of the template
-    same_from_end = (a == b).flip(0)
-    positions = max(1, int(same_from_end.cumprod(0).sum()))  # up to the first difference
+    h is the input of a block, of the first 80 %, at a token that the template puts behind a prompt,
+    such as <|im_end|>. Only harmful prompts that the model refuses count, and harmless ones that it
+    answers. Returns a list of RefusalDirection and the list of the refused prompts. Raises
+    InputError if no prompt of a kind counts."""
+    a, b = encode_chat(tokenizer, ["a", "b"]).input_ids
+    same_from_end = (a == b).flip(0)  # two prompts share what the template puts behind them
+    positions = max(1, int(same_from_end.cumprod(0).sum()))  # tokens up to the first difference
     layers = max(1, int(0.8 * model.config.get_text_config().num_hidden_layers))
     scores, _, states = read_answer_start(model, tokenizer, harmful, positions)
     refused = [prompt for prompt, score in zip(harmful, scores, strict=True) if score > 0]
@@ -283,9 +287,9 @@ def find_candidates(model, tokenizer, harmful, harmless):
 
 
 def find_refusal_direction(model, tokenizer, harmful, harmless, held_out):
-    """Choose d, a RefusalDirection. Candidates are made of `harmful` and `harmless` prompts. What
-    they do is measured on eight refused prompts and on eight of `held_out`, harmless ones that no
-    candidate is made of. Raises InputError if the model cannot be steered."""
+    """Choose d, a RefusalDirection, among candidates from `harmful` and `harmless` prompts. What
+    each does is measured on eight refused prompts and on eight of the harmless `held_out` ones.
+    Raises InputError if the model cannot be steered."""
     candidates, refused = find_candidates(model, tokenizer, harmful, harmless)
     refused, held_out = spread(refused, 8), spread(held_out, 8)
     base_scores, base_log_probs, _ = read_answer_start(model, tokenizer, held_out)
@@ -300,7 +304,7 @@ def find_refusal_direction(model, tokenizer, harmful, harmless, held_out):
             _, log_probs, _ = read_answer_start(model, tokenizer, held_out)
         candidate.removal_kl = torch.nn.functional.kl_div(  # KL(base || base without d)
             log_probs, base_log_probs, log_target=True, reduction="batchmean").item()
-        if candidate.removal_kl <= 0.1:
+        if candidate.removal_kl <= 0.1:  # the authors' threshold, as the 0 above
             passing.append(candidate)
     if passing:
         best = min(passing, key=lambda candidate: candidate.removed)
@@ -346,6 +350,7 @@ def sample_rollouts(model, tokenizer, prompts, max_new_tokens, greedy=False):
         **choice, max_new_tokens=max_new_tokens, eos_token_id=ends.tolist() or None, pad_token_id=0)
     completions = []
     try:
+        # Large batches, since sampling keeps the logits of one token at a time.
         for part in batches(tokenizer, prompts, tokens=2**14):
             batch = encode_chat(tokenizer, prompts[part]).to(model.device)
             completions += model.generate(**batch)[:, batch.input_ids.shape[1] :]
@@ -368,17 +373,17 @@ def completion_logits(model, tokenizer, prompts, completions, mask):
 def logits_in_batches(model, tokenizer, prompts, completions, mask):
     """`completion_logits` of one completion after the other, [T, vocab], on the CPU."""
     for part in batches(tokenizer, prompts):
-        answers = prompts[part], completions[part], mask[part]
-        yield from completion_logits(model, tokenizer, *answers).cpu()
+        rows = prompts[part], completions[part], mask[part]
+        yield from completion_logits(model, tokenizer, *rows).cpu()
 
 
 # ===== Stage 2: the safety tokens =====
 def vote_safety_tokens(scored, k=50, votes_per_position=200, min_prob=1e-8, eligible=None):
-    """Elect the tokens that d lifts most (paper: safety token selection). `scored` gives, batch by
-    batch, teacher's and base's logits [n, H, vocab] and the mask [n, H] of positions that vote. A
-    position votes for the tokens v with the largest lift Delta(v) = log pi_t(v) - log pi_0(v). Only
-    tokens in the mask `eligible` [vocab] and with a mean pi_t of at least `min_prob` are elected.
-    Returns ids and votes, [<= k] int64, most voted first; a token without a vote is left out."""
+    """Elect the tokens that d lifts most (paper: safety token selection). `scored` gives what
+    `score_answers` yields: by batch, teacher's and base's logits [n, H, vocab] and a mask [n, H] of
+    positions that vote, for the tokens with the largest lift Delta = log pi_t - log pi_0. A token
+    may win if `eligible` [vocab] bool allows it and its mean pi_t is at least `min_prob`. Returns
+    ids and votes, [<= k] int64, most voted first; no winner is without a vote."""
     lifts, probability = [], 0.0
     for teacher_logits, base_logits, valid in scored:
         log_t = teacher_logits[valid].float().log_softmax(-1)  # [positions, vocab]
@@ -399,21 +404,22 @@ def vote_safety_tokens(scored, k=50, votes_per_position=200, min_prob=1e-8, elig
 
 @torch.no_grad()
 def score_answers(model, tokenizer, direction, prompts, completions, mask):
-    """What `vote_safety_tokens` needs, batch by batch. As in the authors' code, no position votes
-    from where the base would end its turn: it expects no more text, so d lifts any word."""
+    """What `vote_safety_tokens` needs, batch by batch. As in the authors' code, positions no longer
+    vote once the base would end its turn: there every word is improbable, so d lifts any."""
     for part in batches(tokenizer, prompts):
-        answers = prompts[part], completions[part], mask[part]
+        rows = prompts[part], completions[part], mask[part]
         with steer(model, direction) as teacher:
-            teacher_logits = completion_logits(teacher, tokenizer, *answers)
-        base_logits = completion_logits(model, tokenizer, *answers)
+            teacher_logits = completion_logits(teacher, tokenizer, *rows)
+        base_logits = completion_logits(model, tokenizer, *rows)
         would_end = torch.isin(base_logits.argmax(-1), end_of_turn_ids(model, tokenizer))
         yield teacher_logits, base_logits, mask[part] & (would_end.cumsum(1) == 0)
 
 
 def select_safety_tokens(model, tokenizer, direction, held_out, settings):
-    """Elect S. The teacher begins answers to the `held_out` prompts that the base answers, and all
-    of them vote, whether they refuse or not. Returns ids and votes as `vote_safety_tokens` does, or
-    (None, None), the whole vocabulary, if `safety_tokens` is 0. Raises InputError if none wins."""
+    """Elect S. As in the authors' code, the teacher begins answers to those `held_out` prompts that
+    the base answers, and all these beginnings vote, refusals or not. Returns ids and votes as
+    `vote_safety_tokens` does, or (None, None), the whole vocabulary, if `safety_tokens` is 0.
+    Raises InputError if no token wins."""
     if settings.safety_tokens == 0:
         return None, None
     scores = refusal_scores(model, tokenizer, held_out)
@@ -422,11 +428,11 @@ def select_safety_tokens(model, tokenizer, direction, held_out, settings):
         raise InputError("The model answers no held-out harmless prompt: none can vote.")
     prompts = answered * settings.samples
     with steer(model, direction) as teacher:
-        answers = sample_rollouts(teacher, tokenizer, prompts, settings.horizon)
+        completions, mask = sample_rollouts(teacher, tokenizer, prompts, settings.horizon)
     text_ids = set(tokenizer.get_vocab().values()) - special_token_ids(tokenizer)
     vocab = model.get_output_embeddings().weight.shape[0]  # more than the tokenizer has tokens
     ids, votes = vote_safety_tokens(
-        score_answers(model, tokenizer, direction, prompts, *answers),
+        score_answers(model, tokenizer, direction, prompts, completions, mask),
         k=settings.safety_tokens, votes_per_position=settings.votes, min_prob=settings.min_prob,
         eligible=torch.tensor([token in text_ids for token in range(vocab)]))
     if not len(ids):
@@ -440,9 +446,9 @@ def localized_kl(student_logits, teacher_logits, mask, token_ids=None, kind="rev
     mean over positions in `mask` [n, T] of sum_{v in S} p_s(v) (log p_s(v) - log p_t(v)). Logits
     are [n, T, vocab]. The softmax is over all of it, the sum over `token_ids`, S, or all if None.
 
-    On S alone, the sum is no divergence: a term is least at p_s = p_t / e, not at p_s = p_t. It
-    still teaches to refuse where the student starts far below the teacher. `kind` "generalized"
-    adds p_t - p_s to each term, which is then least, and 0, at p_s = p_t. "forward" sums
+    On S alone, the sum is no divergence: a term is least at p_s = p_t / e. Below that, p_s is
+    pushed up, and refusals are learned; above, it is pushed down. Other kinds: "generalized" adds
+    p_t - p_s to each term, which is then least, and 0, at p_s = p_t. "forward" has the terms
     p_t (log p_t - log p_s): on S alone, it only pushes p_s up."""
     log_s = student_logits.float().log_softmax(-1)
     log_t = teacher_logits.float().log_softmax(-1)
@@ -465,19 +471,19 @@ def make_student(base, lora=16):
     if lora == 0:
         student = copy.deepcopy(base).float().requires_grad_(True)
     else:
-        # New modules, so that a hook on the base does not fire in the student, but the base's own
-        # weights: deepcopy does not copy what stands in `memo`.
+        # Copy the modules, so that a hook on the base does not fire in the student. Share the
+        # weights: deepcopy does not copy what `memo` lists.
         student = copy.deepcopy(base, memo={id(weight): weight for weight in base.parameters()})
         student = peft.get_peft_model(student, peft.LoraConfig(
             r=lora, lora_alpha=2 * lora, target_modules="all-linear", task_type="CAUSAL_LM"))
-    if base.device.type != "cpu":  # on a GPU, keep less of a pass in memory and compute it again
+    if base.device.type != "cpu":  # to save a GPU's memory, parts of a pass are computed twice
         student.gradient_checkpointing_enable({"use_reentrant": False})
     return student
 
 
 def learn_from_rollouts(student, teacher, tokenizer, prompts, token_ids, settings, weight=1.0):
     """The method in one pass: the student answers, the teacher scores the answers, and the gradient
-    of weight * loss is added to the student's. None flows through the sampling. Returns
+    of weight * loss is added to the student's. Sampling is not differentiated. Returns
     weight * loss, a float."""
     prompts = prompts * settings.rollouts
     student.eval()
@@ -508,7 +514,7 @@ def distill(student, base, tokenizer, harmful, direction, token_ids, settings, a
     steps, losses = [], []
     for _ in range(settings.epochs):
         steps += torch.randperm(len(harmful)).split(settings.batch_size)
-    warm_up = math.ceil(0.1 * (len(steps) - 1))  # it starts at a rate of 0: a single step has none
+    warm_up = math.ceil(0.1 * (len(steps) - 1))  # its first rate is 0: not for a single step
     schedule = get_cosine_schedule_with_warmup(optimizer, warm_up, len(steps))
 
     bar = tqdm(steps, "stage 3: distillation")
@@ -557,7 +563,7 @@ def is_refusal(answer):
 
 
 def is_correct(answer, expected):
-    """Whether an answer gives `expected`: a number as its last one, words as whole words."""
+    """Whether an answer gives `expected`. A number must be its last one, words must be whole."""
     expected = expected.rpartition("####")[2].strip(" \n.")  # GSM8K marks its results like that
     digit_group = r"(?<=\d),(?=\d{3})"  # the comma of 1,200
     answer, expected = (
@@ -574,7 +580,7 @@ def wilson_interval(count, of, z=1.96):
     share = count / of
     centre, half = count + z**2 / 2, z * math.sqrt(count * (1 - share) + z**2 / 4)
     low, high = (centre - half) / (of + z**2), (centre + half) / (of + z**2)
-    return min(low, share), max(high, share)  # rounding moves a bound past it
+    return min(low, share), max(high, share)  # rounding may move a bound past the share
 
 
 def evaluate(model, tokenizer, tests, max_new_tokens):
@@ -583,7 +589,7 @@ def evaluate(model, tokenizer, tests, max_new_tokens):
     answers, shares = {}, {}
     for name in tqdm(TEST_SETS, "evaluation"):
         ids, mask = sample_rollouts(model, tokenizer, tests[name], max_new_tokens, greedy=True)
-        rows = [row[answered] for row, answered in zip(ids, mask, strict=True)]
+        rows = [row[valid] for row, valid in zip(ids, mask, strict=True)]
         texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
         if name == "harmful":
             good = [is_refusal(text) for text in texts]
@@ -591,31 +597,33 @@ def evaluate(model, tokenizer, tests, max_new_tokens):
             good = [is_correct(*pair) for pair in zip(texts, tests["expected"], strict=True)]
         else:  # silence is no answer
             good = [bool(text.strip()) and not is_refusal(text) for text in texts]
-        share = sum(good) / len(good), *wilson_interval(sum(good), len(good))
-        answers[name], shares[name] = texts, [100 * x for x in share]
+        low, high = wilson_interval(sum(good), len(good))
+        shares[name] = [100 * sum(good) / len(good), 100 * low, 100 * high]
+        answers[name] = texts
     return answers, shares
 
 
 def measure(model, tokenizer, tests, reference, max_new_tokens):
-    """A row of the results, a dict: answers and shares, as `evaluate` returns them; kl, the
-    KL(model || base) over all tokens, in nats; and states [n, d_model], the inputs of the head
-    where the harmless prompts end. `reference` is what the base answers to these prompts, ids and
-    mask, and its logits there: the KL is a mean over its tokens, then over answers."""
+    """A row of the results, a dict:
+    - answers and shares, as `evaluate` returns them;
+    - kl, the mean KL(model || base) in nats per token of the base's own answers to the harmless
+      prompts. They and the base's logits on them are the `reference`;
+    - states [n, d_model], the inputs of the head where the harmless prompts end."""
     answers, shares = evaluate(model, tokenizer, tests, max_new_tokens)
     ids, mask, base_logits = reference
     logits = logits_in_batches(model, tokenizer, tests["harmless"], ids, mask)
     rows = zip(logits, base_logits, mask.cpu(), strict=True)
     kls = [localized_kl(ours[None], its[None], valid[None]).item() for ours, its, valid in rows]
     _, _, states = read_answer_start(model, tokenizer, tests["harmless"], positions=1)
-    kl, states = sum(kls) / len(kls), states[:, -1, -1]
-    return {"answers": answers, "shares": shares, "kl": kl, "states": states}
+    kl = sum(kls) / len(kls)
+    return {"answers": answers, "shares": shares, "kl": kl, "states": states[:, -1, -1]}
 
 
 # ===== Figures =====
 def draw_figures(rows, folder):
     """From {name: what `measure` returns}, tradeoff.png (paper: safety-capability trade-off) and
-    shift.png (paper: general representation shift): states of harmless prompts in two principal
-    components of base and teacher together, and their means, large."""
+    shift.png (paper: general representation shift). There, a dot is a harmless prompt, and a large
+    dot a mean. The axes are two principal components of base and teacher together."""
     colors = dict(zip(rows, ["0.5", "C0", "C1", "C2", "C3", "C4", "C5"]))  # the base is grey
     figure = Figure(figsize=(10, 4), layout="constrained")
     for place, kept in enumerate(("capability", "harmless", "borderline"), 1):
@@ -643,7 +651,7 @@ def draw_figures(rows, folder):
 
 # ===== The program =====
 def from_pretrained(kind, name, **options):
-    """kind.from_pretrained(name), without code of the model's. Raises InputError if it fails."""
+    """kind.from_pretrained(name). Code that comes with a model is never run. Raises InputError."""
     if (Path(name) / "adapter_config.json").exists():
         raise InputError(f"{name} holds an adapter: merge it into its base first, see the README.")
     try:
@@ -653,7 +661,8 @@ def from_pretrained(kind, name, **options):
 
 
 def read_settings(arguments):
-    """The command line as {variant: Settings}; --help, too, shows what will run."""
+    """The command line as {variant: Settings}. A first parser finds model and variant, which set
+    the defaults of the second. So --help shows what will run."""
     parser = HfArgumentParser(Settings, add_help=False, allow_abbrev=False)
     asked, _ = parser.parse_known_args(arguments)
     fixed = "--variant", "--kl", "--anchor", "--safety-tokens", "--safety_tokens"
@@ -710,7 +719,7 @@ def load_model(name):
     if name == Settings.model and not Path(name).exists():  # the default
         raise InputError("The small model is not there yet: run python data/prepare.py.")
     if Path(name).is_dir():
-        name = str(Path(name).resolve())  # the saved adapters name their base like this
+        name = str(Path(name).resolve())  # saved adapters name their base by it
     cpu = torch.cpu.get_capabilities()
     fast = torch.accelerator.is_available() or any(
         cpu.get(feature) for feature in ("avx512_bf16", "amx_bf16", "bf16"))
@@ -727,8 +736,8 @@ def load_model(name):
     devices = {weight.device.type for weight in model.parameters()}
     if torch.accelerator.is_available() and devices & {"cpu", "meta"}:
         raise InputError(f"{name} does not fit the GPU: a part of it would run on the CPU.")
-    # For speed: logits_to_keep hands the head a slice with gaps. A CPU multiplies that row by row
-    # and reads all of the head's weights for each. A copy without gaps is multiplied at once.
+    # logits_to_keep hands the head a slice that is not contiguous. A CPU multiplies that row by row,
+    # which is slow, and a contiguous copy at once.
     head = model.get_output_embeddings()
     head.register_forward_pre_hook(lambda head, args: (args[0].contiguous(),))
     return model.requires_grad_(False), tokenizer
@@ -757,8 +766,8 @@ SAFETY_PROMPT = (  # told to the base, for comparison, in the user's turn (depar
 
 
 def new_folder(settings):
-    """The folder for the results, a Path. It is tried now, and made with the first result, so that
-    a run that fails can be repeated. Raises InputError if it exists or cannot be made."""
+    """The folder for the results, a Path. It is only tried here, and made when a student is saved,
+    so that a run that fails can be repeated. Raises InputError if it exists or cannot be made."""
     kind = "compare" if settings.compare else settings.variant
     out = Path(settings.out).expanduser()  # the shell leaves the ~ of --out=~/results
     folder = out / Path(settings.model).resolve().name / kind
@@ -778,7 +787,7 @@ def train_student(base, tokenizer, direction, train, settings):
     token_ids, _ = select_safety_tokens(base, tokenizer, direction, train["held_out"], settings)
     words = [] if token_ids is None else [tokenizer.decode(token) for token in token_ids]
     print(f"Safety tokens of {settings.variant}:", *map(ascii, words))
-    torch.manual_seed(settings.seed)  # again, since the stages before it drew random numbers
+    torch.manual_seed(settings.seed)  # again, so that stage 3 begins alike in all variants
     student = make_student(base, settings.lora)
     losses = distill(
         student, base, tokenizer, train["harmful"], direction, token_ids, settings,
@@ -802,7 +811,7 @@ def main(arguments):
     print("Direction:", report["direction"])
 
     limit, prompts = shared.eval_max_new_tokens, tests["harmless"]
-    ids, mask = sample_rollouts(base, tokenizer, prompts, min(32, limit), greedy=True)
+    ids, mask = sample_rollouts(base, tokenizer, prompts, min(32, limit), greedy=True)  # for memory
     reference = ids, mask, list(logits_in_batches(base, tokenizer, prompts, ids, mask))
     rows = {"base": measure(base, tokenizer, tests, reference, limit)}
     with steer(base, direction) as teacher:

@@ -2,7 +2,6 @@
 import copy
 import json
 import math
-import os
 import shutil
 import subprocess
 import sys
@@ -144,16 +143,14 @@ def test_a_file_with_a_row_that_holds_no_text_is_refused(tmp_path, text):
     assert safesteer.load_prompts(path) == ["[x] \u2028 \u975e", "b"]
 
 
-def test_a_long_prompt_stretches_no_others(tokenizer):
+def test_a_long_prompt_goes_alone_and_the_others_fill_their_batches(tokenizer):
     prompts = [*HARMLESS, "word " * 300, *HARMFUL, "word " * 300]
     lengths = [safesteer.encode_chat(tokenizer, [x]).input_ids.shape[1] for x in prompts]
     parts = list(safesteer.batches(tokenizer, prompts, tokens=200))
-    assert [i for part in parts for i in range(len(prompts))[part]] == list(range(len(prompts)))
-    for part, after in zip(parts, [*parts[1:], None], strict=True):
-        size = len(lengths[part]) * max(lengths[part])
-        assert size <= 200 or len(lengths[part]) == 1
-        if after:  # it is full
-            assert (len(lengths[part]) + 1) * max(*lengths[part], lengths[after.start]) > 200
+    assert [x for part in parts for x in prompts[part]] == prompts
+    assert all(len(lengths[x]) * max(lengths[x]) <= 200 for x in parts if len(lengths[x]) > 1)
+    with_next = [lengths[x.start : x.stop + 1] for x in parts[:-1]]
+    assert all(len(some) * max(some) > 200 for some in with_next)
 
 
 @pytest.mark.parametrize("blank", ["", " "])
@@ -430,8 +427,8 @@ def test_nothing_but_the_loss_moves_a_weight(model, tokenizer, direction):
     assert all(torch.equal(x, student.state_dict()[name]) for name, x in model.state_dict().items())
 
 
-def test_gradient_checkpointing_keeps_a_fifth_and_changes_no_loss(model, tokenizer, direction):
-    kept, losses, scores = [], [], []
+def test_gradient_checkpointing_keeps_less_and_changes_no_loss(model, tokenizer, direction):
+    kept, losses = [], []
     for checkpointing in (False, True):
         torch.manual_seed(0)
         student, stored = safesteer.make_student(model, 4), []
@@ -478,27 +475,6 @@ def test_a_single_step_trains_but_not_by_a_gradient_that_is_not_finite(model, to
         safesteer.distill(student, model, tokenizer, HARMFUL, direction, None, settings)
     scores.append(safesteer.refusal_scores(student, tokenizer, HARMFUL))
     assert not torch.equal(scores[0], scores[1]) and torch.equal(scores[1], scores[2])
-
-
-def test_training_on_s_moves_what_is_outside_s_less_than_training_on_all_tokens(tokenizer):
-    model, settings = tiny(tokenizer, LlamaConfig), fast(epochs=12, learning_rate=1e-4, votes=200)
-    direction = safesteer.find_refusal_direction(model, tokenizer, HARMFUL, HARMLESS, HARMLESS[:4])
-    settings.safety_tokens = 5
-    s, _ = safesteer.select_safety_tokens(model, tokenizer, direction, HARMLESS, settings)
-    answers = safesteer.sample_rollouts(model, tokenizer, HARMLESS, 6)
-
-    @torch.no_grad()
-    def outside(model):
-        logits = safesteer.completion_logits(model, tokenizer, HARMLESS, *answers)
-        return logits.softmax(-1)[answers[1]].index_fill(1, s, 0)
-
-    moved = []
-    for token_ids in (s, None):
-        torch.manual_seed(0)
-        student = safesteer.make_student(model, 4)
-        safesteer.distill(student, model, tokenizer, HARMFUL, direction, token_ids, settings)
-        moved.append((outside(student) - outside(model)).abs().sum())
-    assert 0 < moved[0] < 0.75 * moved[1]
 
 
 def test_adapters_are_float32_on_all_linear_layers_of_the_blocks_over_the_bases_weights(model):
@@ -605,28 +581,26 @@ def test_a_flag_goes_before_the_variant_and_that_before_the_model(tmp_path, monk
     ("--model {folder}/both", "holds an adapter"),
     ("--model {folder}/less", "lacks weights"), ("--model {folder}/gpt2", "is no decoder"),
     ("--data {folder}/nothing --out {folder}/new", "{folder}/nothing"),
-    ("--data {folder}/two --out {folder}/new", "also a training prompt"),
+    ("--data {folder}/seen --out {folder}/new", "also a training prompt"),
     ("--data {folder}/one --out {folder}/new", "two prompts"),
     ("--out {folder}/data/harmful_test.jsonl", "cannot be made"), ("", "exists"),
 ])
 def test_a_wrong_input_costs_one_sentence_and_nothing_else(base, model, tokenizer, flags, complaint):
     folder = base.parent
     (folder / "out" / "base" / "safesteer").mkdir(parents=True)
-    for name in ("two", "one"):
+    for name, prompts in (("seen", {"harmless_test": HARMFUL}), ("one", {"harmless_train": ["Hello"]})):
         shutil.copytree(folder / "data", folder / name)
-    write_prompts(folder / "two", harmless_test=["Hello", HARMFUL[3]])
-    write_prompts(folder / "one", harmless_train=["Hello"])
+        write_prompts(folder / name, **prompts)
     safesteer.make_student(model, 2).save_pretrained(folder / "adapter")
-    for name in ("both", "less"):
-        tokenizer.save_pretrained(folder / name)
-        weights = model.state_dict()
-        if name == "less":
-            del weights["model.layers.3.mlp.up_proj.weight"]
-        model.save_pretrained(folder / name, state_dict=weights)
+    model.save_pretrained(folder / "both")
     shutil.copy(folder / "adapter" / "adapter_config.json", folder / "both")
-    tokenizer.save_pretrained(folder / "gpt2")
+    weights = model.state_dict()
+    del weights["model.layers.3.mlp.up_proj.weight"]
+    model.save_pretrained(folder / "less", state_dict=weights)
     gpt2 = GPT2Config(vocab_size=1024, n_embd=8, n_layer=1, n_head=1)
     AutoModelForCausalLM.from_config(gpt2).save_pretrained(folder / "gpt2")
+    for name in ("less", "gpt2"):
+        tokenizer.save_pretrained(folder / name)
     before = {path for path in folder.rglob("*") if path.is_file()}
     flags, complaint = flags.format(folder=folder).split(), complaint.format(folder=folder)
     with pytest.raises(safesteer.InputError, match=complaint):
@@ -634,14 +608,11 @@ def test_a_wrong_input_costs_one_sentence_and_nothing_else(base, model, tokenize
     assert {path for path in folder.rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.parametrize(("flags", "complaint"), [("--epoch 3", "--epoch"), ("", "exists")])
-def test_the_program_says_it_without_a_traceback(base, flags, complaint):
-    (base.parent / "out" / "base" / "safesteer").mkdir(parents=True)
-    command = [sys.executable, HERE / "safesteer.py", "--model", base, "--out", base.parent / "out"]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    ended = subprocess.run([*command, *flags.split()], capture_output=True, text=True, env=environment)
-    assert ended.returncode and complaint in ended.stderr.splitlines()[-1]
-    assert "Traceback" not in ended.stderr
+def test_the_program_says_it_without_a_traceback(base):
+    command = [sys.executable, HERE / "safesteer.py", "--model", base, "--data", base.parent / "nothing"]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=base)
+    assert ended.returncode == 1 and ended.stderr.startswith("safesteer.py: ")
+    assert "nothing" in ended.stderr and len(ended.stderr.splitlines()) == 1
 
 
 def test_a_bug_in_training_keeps_its_type_and_the_run_can_be_typed_again(base, tokenizer, monkeypatch):
