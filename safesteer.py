@@ -736,7 +736,7 @@ def load_model(name):
     devices = {weight.device.type for weight in model.parameters()}
     if torch.accelerator.is_available() and devices & {"cpu", "meta"}:
         raise InputError(f"{name} does not fit the GPU: a part of it would run on the CPU.")
-    # logits_to_keep hands the head a slice that is not contiguous. A CPU multiplies that row by row,
+    # logits_to_keep hands the head a slice that is not contiguous. A CPU takes that row by row,
     # which is slow, and a contiguous copy at once.
     head = model.get_output_embeddings()
     head.register_forward_pre_hook(lambda head, args: (args[0].contiguous(),))

