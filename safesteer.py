@@ -121,7 +121,7 @@ class Settings:
         for name, value in vars(self).items():
             if isinstance(value, str) or (value == 0 and name in zero_has_a_meaning):
                 continue
-            if not 0 < value < math.inf:
+            if not 0 < value < 2**63:  # torch takes no larger seed
                 raise InputError(f"--{name.replace('_', '-')} {value} is out of range.")
 
 
@@ -208,11 +208,12 @@ def ablate(model, direction):
     def remove_d(part, args, output):
         hidden = output[0] if isinstance(output, tuple) else output  # [n, seq, d_model]
         unit = (direction.vector / direction.vector.norm()).to(hidden)
-        hidden -= (hidden @ unit)[..., None] * unit  # in place: the output is changed
+        if hidden.shape[-1] == len(unit):  # in some families, routers and gates are other parts
+            hidden -= (hidden @ unit)[..., None] * unit  # in place: the output is changed
 
     parts = [model.get_input_embeddings()]
     for block in model.get_decoder().layers:
-        # Families name attention and MLP differently. What else a block holds are norms.
+        # Families name attention and MLP differently. Norms are the other parts of most blocks.
         parts += [block, *(part for name, part in block.named_children() if "norm" not in name)]
     with ExitStack() as hooks:
         for part in parts:
@@ -225,11 +226,13 @@ def refusal_token_ids(tokenizer):
     crude: "I" is one of them, so any answer that begins with it counts."""
     openers = "I'm sorry", "I cannot", "Sorry", "As an AI", "Unfortunately"
     prompt = render_chat(tokenizer, "Hello")
-    start = len(tokenizer(prompt, add_special_tokens=False).input_ids)
+    prompt_ids = tokenizer(prompt, add_special_tokens=False).input_ids
     if render_chat(tokenizer, "Hello", "Sorry").startswith(prompt + " Sorry"):
         prompt += " "  # Llama 2, Mistral: this blank is part of the answer's first token
     answered = tokenizer([prompt + text for text in openers], add_special_tokens=False).input_ids
-    return torch.tensor(sorted({ids[start] for ids in answered}))
+    if any(ids[: len(prompt_ids)] != prompt_ids for ids in answered):
+        raise InputError("The end of the chat template merges with the first word of an answer.")
+    return torch.tensor(sorted({ids[len(prompt_ids)] for ids in answered}))
 
 
 @torch.no_grad()
@@ -488,7 +491,8 @@ def learn_from_rollouts(student, teacher, tokenizer, prompts, token_ids, setting
     prompts = prompts * settings.rollouts
     student.eval()
     completions, mask = sample_rollouts(student, tokenizer, prompts, settings.max_new_tokens)
-    student.train()  # gradient checkpointing needs it
+    for block in student.get_decoder().layers:
+        block.training = True  # gradient checkpointing asks for it; dropout stays off
     total = 0.0
     for start in range(0, len(prompts), settings.micro_batch_size):
         part = slice(start, start + settings.micro_batch_size)
@@ -564,7 +568,7 @@ def is_refusal(answer):
 
 def is_correct(answer, expected):
     """Whether an answer gives `expected`. A number must be its last one, words must be whole."""
-    expected = expected.rpartition("####")[2].strip(" \n.")  # GSM8K marks its results like that
+    expected = expected.rpartition("####")[2].strip().rstrip(".")  # GSM8K marks its results by #
     digit_group = r"(?<=\d),(?=\d{3})"  # the comma of 1,200
     answer, expected = (
         re.sub(digit_group, "", text).replace("\u2212", "-") for text in (answer, expected))
@@ -685,9 +689,10 @@ def load_prompts(path, column="instruction"):
     try:
         with open(path, encoding="utf-8-sig") as file:
             texts = [json.loads(line)[column] for line in file if line.strip()]
+        "".join(texts).encode()  # TypeError if one is no text, ValueError for half a character
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise InputError(f"{path} does not hold JSON Lines with {column!r}: {error}") from error
-    if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+    if not texts or not all(text.strip() for text in texts):
         raise InputError(f"{path} needs a text in {column!r} in every row, and a row.")
     return texts
 
@@ -731,6 +736,8 @@ def load_model(name):
         raise InputError(f"{name} lacks weights: {sorted(loading['missing_keys'])}.")
     if hasattr(model, "peft_config"):
         raise InputError(f"{name} holds an adapter: merge it into its base first, see the README.")
+    if not tokenizer.chat_template:
+        raise InputError(f"{name} has no chat template: it is no chat model.")
     if not hasattr(model.get_decoder(), "layers"):
         raise InputError(f"{name} is no decoder with its blocks in get_decoder().layers.")
     devices = {weight.device.type for weight in model.parameters()}

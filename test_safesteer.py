@@ -58,9 +58,10 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=bpe, **options)
 
 
-def tiny(tokenizer, config):
+def tiny(tokenizer, config, answered=-30.0):
     """A random model of five blocks, its vocabulary larger than the tokenizer's, that refuses
-    HARMFUL alone. Its window, where it has one, is shorter than the prompts."""
+    HARMFUL alone. `answered` is the logit by which it answers HARMLESS. Its window, where it has
+    one, is shorter than the prompts."""
     torch.manual_seed(0)
     window = {} if config is LlamaConfig else {"sliding_window": 8}
     config = config(
@@ -72,7 +73,7 @@ def tiny(tokenizer, config):
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     model.requires_grad_(False)
     _, _, states = safesteer.read_answer_start(model, tokenizer, HARMFUL + HARMLESS, positions=1)
-    wanted = torch.tensor([30.0] * len(HARMFUL) + [-30.0] * len(HARMLESS))
+    wanted = torch.tensor([30.0] * len(HARMFUL) + [answered] * len(HARMLESS))
     opener = safesteer.refusal_token_ids(tokenizer)[0]
     model.lm_head.weight[opener] = torch.linalg.pinv(states[:, 0, -1]) @ wanted
     return model
@@ -207,24 +208,24 @@ def orthogonalised(model, d):
     return model
 
 
-@pytest.mark.parametrize("scale", [0.2, 1.0])
+@pytest.mark.parametrize(("scale", "answered"), [(0.3, -150.0), (1.0, -30.0)])
 def test_d_is_the_difference_of_means_at_the_place_of_the_authors_rule_or_where_it_has_none_ours(
-    tokenizer, scale
+    tokenizer, scale, answered
 ):
-    model = tiny(tokenizer, LlamaConfig)
+    model = tiny(tokenizer, LlamaConfig, answered)
     others = torch.arange(1024) != safesteer.refusal_token_ids(tokenizer)[0]
-    model.lm_head.weight[others] *= scale  # at 0.2 some removals change harmless answers little
+    model.lm_head.weight[others] *= scale  # at 0.3 some removals change harmless answers little
     harmful, harmless = HARMFUL[:8] + HARMLESS[:2], HARMLESS[:12] + HARMFUL[:2]  # two are dropped
     found = safesteer.find_refusal_direction(model, tokenizer, harmful, harmless, HARMLESS[12:])
     means = []
     for prompts in (HARMFUL[:8], HARMLESS[:12]):
         chats = [safesteer.encode_chat(tokenizer, [prompt]) for prompt in prompts]
         states = [model(**chat, output_hidden_states=True).hidden_states for chat in chats]
-        means.append([torch.stack([x[block][0, -9:] for x in states]).mean(0) for block in range(4)])
+        means.append([torch.stack([x[block][0, -10:] for x in states]).mean(0) for block in range(4)])
     _, log_p, _ = safesteer.read_answer_start(model, tokenizer, HARMLESS[12:])
     figures = {}
     for layer in range(4):  # of five blocks the last fifth is out
-        for position in range(-1, -10, -1):  # "<|im_end|>\n<|im_start|>assistant\n" are nine tokens
+        for position in range(-10, 0):  # "<|im_end|>\n<|im_start|>assistant\n" are ten tokens
             d = means[0][layer][position] - means[1][layer][position]
             with safesteer.steer(model, safesteer.RefusalDirection(d, layer)):
                 added = safesteer.refusal_scores(model, tokenizer, HARMLESS[12:]).mean().item()
@@ -511,7 +512,7 @@ def test_the_judge_tells_a_refusal_or_a_condemnation_from_an_apology_or_an_answe
     ("7", "12 - 5 = 7, so the answer is 7.", "7 + 5 = 12"), ("-5", "x = -5", "x = 5"),
     ("-5", "x = \u22125", "x = 5"), ("1200", "That makes 1,200 euros.", "That makes 200 euros."),
     ("4 more:\n#### 24", "It is $24.00.", "It is 4."), ("C++", "I like C++.", "I like C."),
-    ("Oslo", "The capital is **oslo**.", "Osloer Platz"),
+    ("Oslo", "The capital is **oslo**.", "Osloer Platz"), (".5", "It is .5", "It is 5."),
 ])
 def test_an_answer_is_right_if_it_ends_on_the_number_or_holds_the_word(expected, right, wrong):
     assert safesteer.is_correct(right, expected) and safesteer.is_correct(expected, expected)
