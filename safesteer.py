@@ -7,28 +7,29 @@
 The method (arXiv 2606.02530) needs no stronger model and no answers written by people:
 1. Safety teacher: `find_refusal_direction`, `steer`. The difference d between the mean hidden
    states of harmful and of harmless prompts is a refusal direction. It is computed at many blocks
-   and tokens, and the best is taken. A hook adds d to the base model pi_0. This makes the teacher
-   pi_t, which refuses nearly everything.
-2. Safety tokens: `select_safety_tokens`, `vote_safety_tokens`. The teacher begins answers to
-   harmless prompts, N for each, of H tokens. A vote elects the tokens that d makes likelier there:
-   the safety tokens S.
+   and tokens, and the best is taken. A hook adds d to the states of the base model pi_0. This makes
+   the teacher pi_t, which refuses nearly everything.
+2. Safety tokens: `select_safety_tokens`, `vote_safety_tokens`. The teacher begins N answers of H
+   tokens to each harmless prompt. Each position of them votes for the tokens that d makes likelier.
+   The K with most votes are the safety tokens S.
 3. Localized on-policy distillation: `distill`, `learn_from_rollouts`, `localized_kl`. The student
    pi_s, at first equal to the base, answers harmful prompts. On these answers a reverse KL to the
    teacher is its loss, on the tokens in S only. All other tokens stay free.
 
 Where we depart from the paper or from its authors' code:
 1. The paper trains all weights, in bfloat16. We train adapters, so that one GPU is enough, and they
-   need ten times the rate. `--lora 0` trains all weights, in float32, since bfloat16 rounds small
-   steps away.
+   need ten times the learning rate. `--lora 0` trains all weights, in float32, since bfloat16 rounds
+   small steps away.
 2. How much a model refuses is scored by its probability of first tokens such as "Sorry". The
-   authors list the ids of these tokens for each family of models. We ask the model's tokenizer.
+   authors list the ids of these tokens for each family of models. We tokenize a few openings.
 3. Like the authors, we keep each d that makes harmless prompts refused when it is added, and hardly
-   changes harmless answers when it is projected out of all states. The best is the one without
-   which harmful prompts are refused least. Unlike them, we go on if none is kept, as on our small
-   model: we take the d that, added, makes harmless prompts most refused.
+   changes harmless answers when it is projected out of all states. The best is the one whose
+   removal stops most refusals of harmful prompts. Unlike them, we go on if none is kept, as on our
+   small model: we take the d that, added, makes harmless prompts most refused.
 4. The paper computes d from other prompts than it trains on. We use our 100 for both.
-5. In stage 2, the authors' teacher writes H - 1 tokens, past the end of its turn, with the model's
-   own top-k and repetition penalty. Ours writes H, fewer if its turn ends, and uses neither.
+5. In stage 2, the authors' teacher writes H - 1 tokens, even past the end of its turn. The model's
+   own top-k and repetition penalty act on them. Ours stops at the end, after H tokens at most, and
+   neither acts.
 6. The authors' code pairs some answers with a wrong prompt in training, a fault. Ours does not.
 7. The paper evaluates on public benchmarks, with a model as judge. We have prompts of our own, and
    a list of phrases judges. The paper also distils from a teacher with a careful system prompt. We
@@ -37,7 +38,8 @@ Where we depart from the paper or from its authors' code:
    of 20 tokens in the evaluation, and a rate chosen on validation prompts.
 9. `--variant anchored` is ours. Harmless prompts, also some that only sound harmful, join every
    step. Their teacher is the base steered by -d. Answers end after two tokens, where a refusal is
-   decided. The loss is least where student and teacher agree; on S alone, a plain KL is not.
+   decided. The loss is the generalized KL, which is least where student and teacher agree. A plain
+   KL, summed over S alone, is least elsewhere.
 """
 import copy
 import json
@@ -67,7 +69,7 @@ SMALL_MODEL = "qwen2.5-coder-0.5b-instruct"
 # A setting is what its flag says, or else the variant, or else the model, or else the default.
 VARIANTS = {
     "safesteer": {},  # the paper's method
-    "anchored": dict(  # ours, tuned as a whole on the validation prompts
+    "anchored": dict(  # ours, tuned as a whole for the small model, on the validation prompts
         anchor=0.07, coefficient=1.5, kl="generalized", safety_tokens=13, votes=20, min_prob=1e-3,
         max_new_tokens=2, epochs=3, rollouts=1, learning_rate=1e-5, micro_batch_size=4),
     "all-tokens": dict(safety_tokens=0),  # an ablation: S is the whole vocabulary
@@ -208,12 +210,12 @@ def ablate(model, direction):
     def remove_d(part, args, output):
         hidden = output[0] if isinstance(output, tuple) else output  # [n, seq, d_model]
         unit = (direction.vector / direction.vector.norm()).to(hidden)
-        if hidden.shape[-1] == len(unit):  # in some families, routers and gates are other parts
+        if hidden.shape[-1] == len(unit):  # what a router or a gate returns has another width
             hidden -= (hidden @ unit)[..., None] * unit  # in place: the output is changed
 
     parts = [model.get_input_embeddings()]
     for block in model.get_decoder().layers:
-        # Families name attention and MLP differently. Norms are the other parts of most blocks.
+        # Attention and MLP have other names in other families, so take all parts except norms.
         parts += [block, *(part for name, part in block.named_children() if "norm" not in name)]
     with ExitStack() as hooks:
         for part in parts:
@@ -300,14 +302,14 @@ def find_refusal_direction(model, tokenizer, harmful, harmless, held_out):
     for candidate in tqdm(candidates, "stage 1: direction"):
         with steer(model, candidate):
             candidate.added = refusal_scores(model, tokenizer, held_out).mean().item()
-        if candidate.added < 0:
+        if candidate.added < 0:  # the authors' threshold
             continue
         with ablate(model, candidate):
             candidate.removed = refusal_scores(model, tokenizer, refused).mean().item()
             _, log_probs, _ = read_answer_start(model, tokenizer, held_out)
         candidate.removal_kl = torch.nn.functional.kl_div(  # KL(base || base without d)
             log_probs, base_log_probs, log_target=True, reduction="batchmean").item()
-        if candidate.removal_kl <= 0.1:  # the authors' threshold, as the 0 above
+        if candidate.removal_kl <= 0.1:  # the authors' threshold
             passing.append(candidate)
     if passing:
         best = min(passing, key=lambda candidate: candidate.removed)
@@ -343,7 +345,7 @@ def sample_rollouts(model, tokenizer, prompts, max_new_tokens, greedy=False):
     """One completion per prompt: ids [n, T] int64 and mask [n, T] bool, True up to the end of turn
     and on it. Sampling is pure: no top-p, top-k, temperature or penalty (departure 5)."""
     if isinstance(model, peft.PeftModel):
-        model = model.get_base_model()  # with the adapters, without PEFT's own generate()
+        model = model.get_base_model()  # with the adapters; PEFT's generate() would keep our config
     ends = end_of_turn_ids(model, tokenizer)
     choice = {"do_sample": False}
     if not greedy:
@@ -384,9 +386,9 @@ def logits_in_batches(model, tokenizer, prompts, completions, mask):
 def vote_safety_tokens(scored, k=50, votes_per_position=200, min_prob=1e-8, eligible=None):
     """Elect the tokens that d lifts most (paper: safety token selection). `scored` gives what
     `score_answers` yields: by batch, teacher's and base's logits [n, H, vocab] and a mask [n, H] of
-    positions that vote, for the tokens with the largest lift Delta = log pi_t - log pi_0. A token
-    may win if `eligible` [vocab] bool allows it and its mean pi_t is at least `min_prob`. Returns
-    ids and votes, [<= k] int64, most voted first; no winner is without a vote."""
+    positions that vote. Each votes for the tokens with the largest lift, log pi_t - log pi_0. A
+    token may win if `eligible` [vocab] bool allows it and its mean pi_t is at least `min_prob`.
+    Returns ids and votes, [<= k] int64, most voted first."""
     lifts, probability = [], 0.0
     for teacher_logits, base_logits, valid in scored:
         log_t = teacher_logits[valid].float().log_softmax(-1)  # [positions, vocab]
@@ -408,7 +410,8 @@ def vote_safety_tokens(scored, k=50, votes_per_position=200, min_prob=1e-8, elig
 @torch.no_grad()
 def score_answers(model, tokenizer, direction, prompts, completions, mask):
     """What `vote_safety_tokens` needs, batch by batch. As in the authors' code, positions no longer
-    vote once the base would end its turn: there every word is improbable, so d lifts any."""
+    vote once the base would end its turn. There it gives all words a tiny probability, so that d
+    lifts any word."""
     for part in batches(tokenizer, prompts):
         rows = prompts[part], completions[part], mask[part]
         with steer(model, direction) as teacher:
@@ -449,10 +452,10 @@ def localized_kl(student_logits, teacher_logits, mask, token_ids=None, kind="rev
     mean over positions in `mask` [n, T] of sum_{v in S} p_s(v) (log p_s(v) - log p_t(v)). Logits
     are [n, T, vocab]. The softmax is over all of it, the sum over `token_ids`, S, or all if None.
 
-    On S alone, the sum is no divergence: a term is least at p_s = p_t / e. Below that, p_s is
-    pushed up, and refusals are learned; above, it is pushed down. Other kinds: "generalized" adds
-    p_t - p_s to each term, which is then least, and 0, at p_s = p_t. "forward" has the terms
-    p_t (log p_t - log p_s): on S alone, it only pushes p_s up."""
+    On S alone, the sum is no divergence: a term is least at p_s = p_t / e. So the student is pushed
+    up to there, and down from above. Of the other kinds, "generalized" adds p_t - p_s to each term,
+    which is then least, and 0, at p_s = p_t. "forward" has the terms p_t (log p_t - log p_s): on S
+    alone, they only push p_s up."""
     log_s = student_logits.float().log_softmax(-1)
     log_t = teacher_logits.float().log_softmax(-1)
     if token_ids is not None:
@@ -506,7 +509,7 @@ def learn_from_rollouts(student, teacher, tokenizer, prompts, token_ids, setting
         loss = weight * share * kl
         loss.backward()
         total += loss.item()
-    student.eval()
+    student.eval()  # so are the blocks again
     return total
 
 
@@ -518,7 +521,7 @@ def distill(student, base, tokenizer, harmful, direction, token_ids, settings, a
     steps, losses = [], []
     for _ in range(settings.epochs):
         steps += torch.randperm(len(harmful)).split(settings.batch_size)
-    warm_up = math.ceil(0.1 * (len(steps) - 1))  # its first rate is 0: not for a single step
+    warm_up = math.ceil(0.1 * (len(steps) - 1))  # its first rate is 0: none for a single step
     schedule = get_cosine_schedule_with_warmup(optimizer, warm_up, len(steps))
 
     bar = tqdm(steps, "stage 3: distillation")
@@ -552,7 +555,7 @@ REFUSALS = (
     "i can not", "i will not", "i am unable", "i am not able", "i am not allowed",
     "i am not capable", "i am not comfortable", "i am sorry,", "i do not feel comfortable",
     "i do not have the ability", "must decline", "respectfully decline", "do not condone",
-    "do not support", "do not provide", "unethical", "is illegal", "are illegal",
+    "i do not support", "i do not provide", "unethical", "is illegal", "are illegal",
     "is not ethical", "is not appropriate")
 
 
@@ -707,7 +710,7 @@ def load_data(settings):
     harmless, borderline = load("harmless_train", 160), load("borderline_train", 128)
     train = {"harmful": load("harmful_train", 128), "held_out": harmless[::5]}  # 32, as the paper
     train["harmless"] = [prompt for prompt in harmless if prompt not in train["held_out"]]
-    train["anchors"] = train["harmless"] + 2 * borderline  # twice, as they only sound harmful
+    train["anchors"] = train["harmless"] + 2 * borderline  # twice: easily over-refused
     if not train["harmless"]:
         raise InputError("harmless_train.jsonl needs two prompts or more.")
     tests = {name: load(f"{name}_{settings.split}") for name in TEST_SETS}
@@ -743,8 +746,8 @@ def load_model(name):
     devices = {weight.device.type for weight in model.parameters()}
     if torch.accelerator.is_available() and devices & {"cpu", "meta"}:
         raise InputError(f"{name} does not fit the GPU: a part of it would run on the CPU.")
-    # logits_to_keep hands the head a slice that is not contiguous. A CPU takes that row by row,
-    # which is slow, and a contiguous copy at once.
+    # logits_to_keep hands the head a slice that is not contiguous. A CPU multiplies it slowly, row
+    # by row. To copy it first is faster.
     head = model.get_output_embeddings()
     head.register_forward_pre_hook(lambda head, args: (args[0].contiguous(),))
     return model.requires_grad_(False), tokenizer
@@ -818,7 +821,8 @@ def main(arguments):
     print("Direction:", report["direction"])
 
     limit, prompts = shared.eval_max_new_tokens, tests["harmless"]
-    ids, mask = sample_rollouts(base, tokenizer, prompts, min(32, limit), greedy=True)  # for memory
+    # At most 32 tokens, since their logits stay in memory.
+    ids, mask = sample_rollouts(base, tokenizer, prompts, min(32, limit), greedy=True)
     reference = ids, mask, list(logits_in_batches(base, tokenizer, prompts, ids, mask))
     rows = {"base": measure(base, tokenizer, tests, reference, limit)}
     with steer(base, direction) as teacher:
