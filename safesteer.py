@@ -18,7 +18,7 @@ The method (arXiv 2606.02530) needs no stronger model and no answers written by 
 
 Where we depart from the paper or from its authors' code:
 1. The paper trains all weights, in bfloat16. We train adapters, so that one GPU is enough, and they
-   need ten times the learning rate. `--lora 0` trains all weights, in float32, since bfloat16 rounds
+   need ten times the learning rate. `--lora 0` trains all weights, in float32, as bfloat16 rounds
    small steps away.
 2. How much a model refuses is scored by its probability of first tokens such as "Sorry". The
    authors list the ids of these tokens for each family of models. We tokenize a few openings.
