@@ -654,7 +654,7 @@ def test_compare_gives_a_variant_what_it_gets_alone_and_a_late_failure_loses_not
 
 def test_the_program_runs_on_the_real_model(tmp_path):
     shutil.copytree(HERE / "data", tmp_path / "data", ignore=shutil.ignore_patterns("*-instruct"))
-    write_prompts(tmp_path / "data", harmful_train=HARMFUL, harmless_train=HARMLESS)
+    write_prompts(tmp_path / "data", harmful_train=HARMFUL, harmless_train=HARMLESS[:5])
     flags = "--eval-limit 2 --eval-max-new-tokens 8 --max-new-tokens 8 --batch-size 5 --samples 2"
     command = [sys.executable, HERE / "safesteer.py", "--data", tmp_path / "data", "--out", tmp_path]
     ended = subprocess.run([*command, *flags.split()], capture_output=True, text=True)
