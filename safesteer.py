@@ -412,12 +412,13 @@ def score_answers(model, tokenizer, direction, prompts, completions, mask):
     """What `vote_safety_tokens` needs, batch by batch. As in the authors' code, positions no longer
     vote once the base would end its turn. There it gives all words a tiny probability, so that d
     lifts any word."""
+    ends = end_of_turn_ids(model, tokenizer)
     for part in batches(tokenizer, prompts):
         rows = prompts[part], completions[part], mask[part]
         with steer(model, direction) as teacher:
             teacher_logits = completion_logits(teacher, tokenizer, *rows)
         base_logits = completion_logits(model, tokenizer, *rows)
-        would_end = torch.isin(base_logits.argmax(-1), end_of_turn_ids(model, tokenizer))
+        would_end = torch.isin(base_logits.argmax(-1), ends)
         yield teacher_logits, base_logits, mask[part] & (would_end.cumsum(1) == 0)
 
 
