@@ -536,9 +536,9 @@ def load_data(settings):
     the right answers of the capability set. Raises ValueError if a prompt is in both."""
     def load(name, most=settings.eval_limit, column="instruction"):
         path = Path(settings.data) / f"{name}.jsonl"
-        rows = [line for line in path.read_text("utf-8-sig").split("\n") if line.strip()]
         try:
-            texts = [json.loads(row)[column].strip() for row in rows]
+            lines = path.read_text("utf-8-sig").split("\n")
+            texts = [json.loads(line)[column].strip() for line in lines if line.strip()]
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: each line needs a text as {column!r}: {error}") from error
         if not texts or "" in texts:

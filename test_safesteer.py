@@ -285,6 +285,8 @@ def test_nobody_wins_without_a_vote(model, tokenizer):
     ids, votes = safesteer.select_safety_tokens(
         model, tokenizer, D, HARMLESS, fast(min_prob=0.02, votes=500, safety_tokens=500))
     assert 0 < len(ids) < 51 and votes.min() == votes.max(), "each position votes for all of them"
+    with pytest.raises(ValueError, match="S is empty"):  # else training would do nothing
+        safesteer.select_safety_tokens(model, tokenizer, D, HARMLESS, fast(min_prob=1.0))
 
 
 # ===== Stage 3 =====
