@@ -236,13 +236,14 @@ def select_safety_tokens(model, tokenizer, direction, held_out_harmless, setting
         completions, mask = sample_rollouts(model, tokenizer, voters, settings.horizon)
 
     # For what: the lift of a token, log pi_t - log pi_0, at each position of these answers.
+    ends = end_of_turn_ids(model, tokenizer)
     lifts, probability = [], 0.0
     for part in slices(voters, 16):
         answers = voters[part], completions[part], mask[part]
         with steer(model, direction):
             teacher_logits = completion_logits(model, tokenizer, *answers)
         base_logits = completion_logits(model, tokenizer, *answers)
-        would_end = torch.isin(base_logits.argmax(-1), end_of_turn_ids(model, tokenizer))
+        would_end = torch.isin(base_logits.argmax(-1), ends)
         valid = mask[part] & (would_end.cumsum(1) == 0)  # from there on, d lifts any word
         log_t = teacher_logits[valid].float().log_softmax(-1)  # [positions, vocab]
         lifts.append(log_t - base_logits[valid].float().log_softmax(-1))
@@ -250,8 +251,7 @@ def select_safety_tokens(model, tokenizer, direction, held_out_harmless, setting
     lifts = torch.cat(lifts)
 
     # What may win: a token of text that the teacher says often enough.
-    special = {*tokenizer.get_added_vocab().values(), *tokenizer.all_special_ids}
-    words = {*tokenizer.get_vocab().values()} - special
+    words = {*tokenizer.get_vocab().values()} - special_token_ids(tokenizer)
     is_word = [token in words for token in range(lifts.shape[1])]  # some rows have no token
     may_win = torch.tensor(is_word, device=lifts.device)
     may_win &= probability / len(lifts) >= settings.min_prob
@@ -406,12 +406,17 @@ def completion_logits(model, tokenizer, prompts, completions, mask):
     return forward_padded(model, ids, seen, logits_to_keep=completions.shape[1]).logits
 
 
+def special_token_ids(tokenizer):
+    """Ids that are no part of a text, such as the mark at the end of a turn: set of int."""
+    return {*tokenizer.get_added_vocab().values(), *tokenizer.all_special_ids}
+
+
 def end_of_turn_ids(model, tokenizer):
     """Ids that end an answer, [e] int64: those that the model and the tokenizer name, and the first
     special token that the chat template writes behind an answer, such as <|im_end|>."""
     named = model.generation_config.eos_token_id  # None, an int or a list
     ends = {*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id}
-    special = {*tokenizer.get_added_vocab().values(), *tokenizer.all_special_ids}
+    special = special_token_ids(tokenizer)
     behind = render_chat(tokenizer, "Hello", "Sorry").rpartition("Sorry")[2]
     behind_ids = tokenizer(behind, add_special_tokens=False).input_ids
     ends.update([token for token in behind_ids if token in special][:1])

@@ -140,7 +140,7 @@ def test_an_ablated_model_adds_nothing_along_d_to_its_states(tokenizer, config):
     model, unit = tiny(tokenizer, config), D.vector / D.vector.norm()
     torch.nn.init.normal_(model.get_decoder().layers[1].post_attention_layernorm.weight)
     batch, seen = safesteer.encode_chat(tokenizer, HARMLESS[:2]), []
-    inputs = [block for block in model.get_decoder().layers]
+    inputs = list(model.get_decoder().layers)
     inputs += [getattr(x, "pre_feedforward_layernorm", x.post_attention_layernorm) for x in inputs]
     for part in inputs:  # what reads the states, before attention and before the MLP
         part.register_forward_pre_hook(lambda part, args: seen.append(args[0]))
