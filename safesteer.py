@@ -586,9 +586,11 @@ def load_model(name):
         raise ValueError(f"{name} has adapters already: merge them first, see the README.")
     if {x.device.type for x in model.parameters()} != {accelerator.type if accelerator else "cpu"}:
         raise ValueError(f"{name} is too large: a part of it would run from the CPU or the disk.")
-    # logits_to_keep hands the head a slice. A CPU multiplies it row by row, unless it is copied.
+    # logits_to_keep hands the head a slice, which a CPU multiplies slowly, unless it is copied. A
+    # slice of one row counts as contiguous already, so it is always copied.
     head = model.get_output_embeddings()
-    head.register_forward_pre_hook(lambda head, args: (args[0].contiguous(),))
+    head.register_forward_pre_hook(
+        lambda head, args: (args[0].clone(memory_format=torch.contiguous_format),))
     return model.requires_grad_(False), tokenizer
 
 
