@@ -461,16 +461,19 @@ def test_a_wrong_input_is_named_and_touches_nothing(base, tokenizer, flags, comp
 
 
 def test_a_student_is_saved_as_evaluated_at_each_strength_and_merged(base, tokenizer, monkeypatch):
-    evaluated, evaluate = [], safesteer.evaluate
+    evaluated, copied, evaluate = [], set(), safesteer.evaluate
 
     def record(model, *rest):
         evaluated.append((scores(model, tokenizer, HARMFUL), model.dtype))
+        model.get_output_embeddings().register_forward_hook(
+            lambda head, args, _: copied.add(args[0].stride(0) == args[0][0].numel()))
         return evaluate(model, *rest)
 
     monkeypatch.setattr(safesteer, "evaluate", record)
     config = run(base, "--learning-rate", 1e-2) / "safesteer/student-safesteer/adapter_config.json"
     (plain, dtype), _, (half, _), (full, _) = evaluated
     assert (half - plain).abs().max() > 1e-2 < (full - half).abs().max()
+    assert copied == {True}, "the head multiplies slices slowly"
     load = partial(peft.AutoPeftModelForCausalLM.from_pretrained, config.parent, dtype=dtype)
     torch.testing.assert_close(scores(load(), tokenizer, HARMFUL), full, atol=1e-4, rtol=1e-4)
     if dtype == torch.float32:  # merging rounds to the base's dtype
