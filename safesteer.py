@@ -11,13 +11,13 @@ The method (arXiv 2606.02530) needs no stronger model, since the model is its ow
 2. Safety tokens: `select_safety_tokens`. The teacher begins answers to harmless prompts. Each
    position of them votes for the tokens that d lifts most. The most voted are the safety tokens S.
 3. Localized on-policy distillation: `distill`, `learn_from_rollouts`, `localized_kl`. The student
-   pi_s is the base with adapters. It answers harmful prompts, and on these answers a reverse KL to
-   the teacher is its loss, summed over S only. All other tokens stay free.
+   pi_s starts as a copy of pi_0. It answers harmful prompts, and on these answers a reverse KL to
+   the teacher is its loss, summed over S only. All other tokens are unconstrained.
 Departures from the paper are numbered. The README lists them all.
 """
+import copy
 import json
 import math
-import os
 import re
 import runpy
 import sys
@@ -30,39 +30,26 @@ import datasets
 import peft
 import torch
 import transformers
-from peft.helpers import rescale_adapter_scale
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg, HfArgumentParser
 
-DATA = Path(__file__).resolve().parent / "data"
+DATA = (Path(__file__).parent / "data").resolve()
 SMALL_MODEL = "qwen2.5-coder-0.5b-instruct"
-
-# A setting is what its flag says, or else the variant, or else the model, or else `Settings`.
-VARIANTS = {
-    "safesteer": {},  # the paper's method
-    "anchored": dict(  # ours (departure 9), chosen as a whole for the small model
-        anchor=0.07, coefficient=1.5, kl="generalized", safety_tokens=13, votes=20, min_prob=1e-3,
-        max_new_tokens=2, epochs=3, rollouts=1, learning_rate=1e-4),
-    "all-tokens": dict(safety_tokens=0),  # an ablation: S is the whole vocabulary
-    "forward-kl": dict(kl="forward"),  # an ablation: KL(pi_t || pi_s) instead of KL(pi_s || pi_t)
-}
-SMALL_MODEL_SETTINGS = dict(  # ours (departure 8): this model runs on a CPU
-    learning_rate=1.25e-4, rollouts=1, max_new_tokens=64, eval_max_new_tokens=20)
-LLAMA_SETTINGS = dict(  # the paper's, with ten times its rate (departure 1)
-    learning_rate=1e-5, horizon=5, min_prob=1e-7)
 
 
 @dataclass
 class Settings:
     """Every setting is a flag: `learning_rate` is --learning-rate. Defaults are the paper's values
-    for Qwen, where it has one, but for the rate (departure 1)."""
+    for Qwen, where it has one. Make settings by `read_settings`: it knows what a model or a variant
+    changes in them."""
     model: str = HfArg(default=str(DATA / SMALL_MODEL), help="hub id or folder")
     data: str = HfArg(default=str(DATA), help="folder with all prompt files, named as in data/")
     split: Literal["test", "validation"] = HfArg(default="test", help="prompts to evaluate on")
     out: str = HfArg(default="out", help="results go into the folder out/model/variant")
     seed: int = HfArg(default=0, help="seed of every random choice")
-    variant: Literal[*VARIANTS, "all"] = HfArg(default="safesteer", help="a kind of training")
+    variant: Literal["safesteer", "anchored", "all-tokens", "forward-kl", "all"] = HfArg(
+        default="safesteer", help="the paper's method, ours, or an ablation")
     # Stage 2: safety tokens
     safety_tokens: int = HfArg(default=50, help="K, tokens in S; 0: the whole vocabulary")
     votes: int = HfArg(default=200, help="K', tokens that a position votes for")
@@ -70,18 +57,18 @@ class Settings:
     horizon: int = HfArg(default=7, help="H, tokens of such an answer at most")
     min_prob: float = HfArg(default=1e-8, help="mean probability that a token of S needs")
     # Stage 3: distillation
+    lora: int = HfArg(default=16, help="rank of adapters that are trained; 0: all weights are")
+    learning_rate: float = HfArg(default=1e-5, help="peak rate; adapters take ten times as much")
     kl: Literal["reverse", "forward", "generalized"] = HfArg(default="reverse", help="kind of loss")
     coefficient: float = HfArg(default=1.0, help="factor of d in the teacher of harmful prompts")
     anchor: float = HfArg(default=0.0, help="weight of harmless prompts in a step; 0: none")
-    learning_rate: float = HfArg(default=1e-4, help="peak rate, ten times the paper's")
     epochs: int = HfArg(default=1, help="passes over the harmful prompts")
     batch_size: int = HfArg(default=4, help="harmful prompts in a step")
     rollouts: int = HfArg(default=8, help="answers of the student to each prompt of a step")
     max_new_tokens: int = HfArg(default=512, help="tokens of such an answer at most")
-    lora: int = HfArg(default=16, help="rank of the adapters")
     # Evaluation
-    strengths: list[float] = HfArg(  # factors of the trained adapters
-        default_factory=lambda: [0.5, 1.0], help="the student is evaluated at each of these")
+    strengths: list[float] = HfArg(  # 0 is the base, 1 the trained student
+        default_factory=lambda: [0.5, 1.0], help="how far the saved students go with the training")
     eval_limit: int = HfArg(default=100, help="prompts of each test set at most")
     eval_max_new_tokens: int = HfArg(default=32, help="tokens of a judged answer at most")
 
@@ -94,7 +81,7 @@ class RefusalDirection:
     layer: int  # the block whose input it was read from, and is added to
     position: int = -1  # the token of a rendered prompt it was read at, counted from the end
     added: float | None = None  # mean refusal score of harmless prompts while d is added
-    removed: float | None = None  # that of harmful ones while d is removed, if the KL is <= 0.1
+    removed: float | None = None  # that of harmful ones while d is removed; None: d is ruled out
 
 
 @contextmanager
@@ -105,7 +92,9 @@ def steer(model, direction, coefficient=1.0):
         hidden = args[0]  # [n, seq, d_model]
         return (hidden + coefficient * direction.vector.to(hidden), *args[1:])
 
-    with model.get_decoder().layers[direction.layer].register_forward_pre_hook(add_direction):
+    block = model.get_decoder().layers[direction.layer]
+    # Compiled code would pass the hook by, so nothing is compiled here.
+    with torch.compiler.set_stance("force_eager"), block.register_forward_pre_hook(add_direction):
         yield model
 
 
@@ -121,14 +110,9 @@ def ablate(model, direction):
 
     parts = [model.get_input_embeddings()]
     for block in model.get_decoder().layers:
-        # All parts but norms, since attention and MLP have other names in other families. Gemma and
-        # OLMo 2 norm what these return before it is added, so there those norms, too.
-        adds_norms = hasattr(block, "post_feedforward_layernorm")
-        for name, part in block.named_children():
-            if "norm" not in name or (adds_norms and name.startswith("post_")):
-                parts.append(part)
-        parts.append(block)
-    with ExitStack() as hooks:
+        # All parts but norms, since attention and MLP have other names in other families.
+        parts += [part for name, part in block.named_children() if "norm" not in name] + [block]
+    with torch.compiler.set_stance("force_eager"), ExitStack() as hooks:
         for part in parts:
             hooks.enter_context(part.register_forward_hook(remove_d))
         yield model
@@ -167,54 +151,63 @@ def read_answer_start(model, tokenizer, prompts, positions=1):
     return scores, log_probs, torch.cat(states)
 
 
+def keep_prompts(model, tokenizer, prompts, refused):
+    """Those prompts that the model refuses (score > 0), or answers if `refused` is False. Raises
+    ValueError if there is none, or a score is NaN."""
+    scores, log_probs, _ = read_answer_start(model, tokenizer, prompts)
+    wanted = scores > 0 if refused else scores < 0
+    if scores.isnan().any() or not wanted.any():
+        raise ValueError(
+            f"Of {len(scores)} {'harmful' if refused else 'harmless'} prompts, none is "
+            f"{'refused' if refused else 'answered'}, by the first token of an answer. Most answers "
+            f"open with {tokenizer.decode(log_probs.argmax(1).mode().values)!r}.")
+    return [prompt for prompt, kept in zip(prompts, wanted, strict=True) if kept]
+
+
 def find_candidates(model, tokenizer, harmful, harmless):
     """d = mean h(harmful) - mean h(harmless) at many places (paper: safety teacher construction).
     h is the input of a block, of the first 80 %, at a token that the template puts behind a prompt.
-    Only harmful prompts that the model refuses count, and harmless ones that it answers. Returns a
-    list of RefusalDirection and the refused prompts. Raises ValueError if none of a kind counts."""
+    Returns a list of RefusalDirection."""
     # Two prompts have a common tail, the tokens that the template puts behind them. Its length:
     a, b = encode_chat(tokenizer, ["a", "b"]).input_ids
     positions = max(1, int((a == b).flip(0).cumprod(0).sum()))
     layers = max(1, int(0.8 * model.config.get_text_config().num_hidden_layers))
-    scores, log_probs, states = read_answer_start(model, tokenizer, harmful + harmless, positions)
-    is_harmful = torch.arange(len(scores)) < len(harmful)
-    refused, answered = is_harmful & (scores > 0), ~is_harmful & (scores < 0)
-    if not (refused.any() and answered.any()):
-        raise ValueError(
-            f"By the first token of an answer, {refused.sum()} harmful prompts are refused and "
-            f"{answered.sum()} harmless ones answered. Both are needed. Most answers open with "
-            f"{tokenizer.decode(log_probs.argmax(1).mode().values)!r}.")
-    vectors = (states[refused].double().mean(0) - states[answered].double().mean(0)).float()
-    candidates = [
+    _, _, h_harmful = read_answer_start(model, tokenizer, harmful, positions)
+    _, _, h_harmless = read_answer_start(model, tokenizer, harmless, positions)
+    vectors = (h_harmful.double().mean(0) - h_harmless.double().mean(0)).float()
+    return [
         RefusalDirection(vectors[position, layer].clone(), layer, position)
         for position in range(-positions, 0) for layer in range(layers)]
-    return candidates, [harmful[i] for i in refused.nonzero()]
 
 
 def find_refusal_direction(model, tokenizer, harmful, harmless, held_out_harmless):
-    """Choose d, a RefusalDirection, among candidates from `harmful` and `harmless` prompts. What
-    each does is measured on eight refused prompts, and on eight other harmless ones, held out.
-    Raises ValueError if the model cannot be steered."""
-    candidates, refused = find_candidates(model, tokenizer, harmful, harmless)
-    refused, held_out = spread(refused, 8), spread(held_out_harmless, 8)
+    """Choose d, a RefusalDirection, among candidates from the `harmful` prompts that the model
+    refuses and the `harmless` ones that it answers. What a candidate does is measured on eight of
+    the former, and on eight held-out harmless prompts (the authors: up to 32 of each). Raises
+    ValueError if the model cannot be steered."""
+    harmful = keep_prompts(model, tokenizer, harmful, refused=True)
+    harmless = keep_prompts(model, tokenizer, harmless, refused=False)
+    held_out = keep_prompts(model, tokenizer, held_out_harmless, refused=False)
+    candidates = find_candidates(model, tokenizer, harmful, harmless)
+    harmful, held_out = spread(harmful, 8), spread(held_out, 8)
     base_scores, base_log_probs, _ = read_answer_start(model, tokenizer, held_out)
     for candidate in tqdm(candidates, "stage 1: direction"):
         with steer(model, candidate):
             scores, _, _ = read_answer_start(model, tokenizer, held_out)
-        candidate.added = scores.mean().item()
-        if not candidate.added >= 0:  # the authors' threshold
+        candidate.added = scores.mean().nan_to_num(-math.inf).item()
+        if candidate.added < 0:  # the authors' first threshold
             continue
         with ablate(model, candidate):
-            scores, _, _ = read_answer_start(model, tokenizer, refused)
+            scores, _, _ = read_answer_start(model, tokenizer, harmful)
             _, log_probs, _ = read_answer_start(model, tokenizer, held_out)
         kl = (base_log_probs.exp() * (base_log_probs - log_probs)).sum(1).mean()
-        if kl <= 0.1:  # the authors' threshold for KL(base || base without d)
+        if kl <= 0.1 and not scores.isnan().any():  # their second, for KL(base || base without d)
             candidate.removed = scores.mean().item()
-    # Departure 3: where no candidate passes the authors' thresholds, the one that steers most wins.
-    best = max(candidates, key=lambda candidate: candidate.added)
     passing = [candidate for candidate in candidates if candidate.removed is not None]
     if passing:  # as for the authors, the one whose removal stops most refusals
-        best = min(passing, key=lambda candidate: candidate.removed)
+        return min(passing, key=lambda candidate: candidate.removed)
+    # Departure 3: where no candidate passes both thresholds, the one that steers most wins.
+    best = max(candidates, key=lambda candidate: candidate.added)
     if not best.added > base_scores.mean():
         raise ValueError("No direction makes the model refuse more: it cannot be steered.")
     return best
@@ -228,14 +221,13 @@ def select_safety_tokens(model, tokenizer, direction, held_out_harmless, setting
     ValueError if no token may win."""
     if settings.safety_tokens == 0:
         return None, None
-    # Who votes: the harmless prompts that the base answers, by N answers of the teacher each.
-    scores, _, _ = read_answer_start(model, tokenizer, held_out_harmless)
-    voters = [held_out_harmless[i] for i in (scores < 0).nonzero()] * settings.samples
+    # The teacher begins N answers to each harmless prompt that the base answers.
+    voters = keep_prompts(model, tokenizer, held_out_harmless, refused=False) * settings.samples
     with steer(model, direction):
-        # Departure 5: H tokens, or up to the end of the turn. The authors sample H - 1 and go on.
+        # Departure 5: an answer stops at the end of its turn. The authors' goes on.
         completions, mask = sample_rollouts(model, tokenizer, voters, settings.horizon)
 
-    # For what: the lift of a token, log pi_t - log pi_0, at each position of these answers.
+    # Each position of these answers has a lift for each token: log pi_t - log pi_0.
     ends = end_of_turn_ids(model, tokenizer)
     lifts, probability = [], 0.0
     for part in slices(voters, 16):
@@ -244,23 +236,24 @@ def select_safety_tokens(model, tokenizer, direction, held_out_harmless, setting
             teacher_logits = completion_logits(model, tokenizer, *answers)
         base_logits = completion_logits(model, tokenizer, *answers)
         would_end = torch.isin(base_logits.argmax(-1), ends)
-        valid = mask[part] & (would_end.cumsum(1) == 0)  # from there on, d lifts any word
+        # Where the base would end its turn, each word is improbable to it. So any word has a large
+        # lift there, and from there on no position votes.
+        valid = mask[part] & (would_end.cumsum(1) == 0)
         log_t = teacher_logits[valid].float().log_softmax(-1)  # [positions, vocab]
         lifts.append(log_t - base_logits[valid].float().log_softmax(-1))
         probability += log_t.exp().sum(0)  # [vocab]
     lifts = torch.cat(lifts)
 
-    # What may win: a token of text that the teacher says often enough.
+    # A token can be elected if it is one of text, and the teacher says it often enough.
     words = {*tokenizer.get_vocab().values()} - special_token_ids(tokenizer)
-    is_word = [token in words for token in range(lifts.shape[1])]  # some rows have no token
-    may_win = torch.tensor(is_word, device=lifts.device)
-    may_win &= probability / len(lifts) >= settings.min_prob
-    if not may_win.any():
-        raise ValueError(f"No token is said with a probability of {settings.min_prob}: S is empty.")
+    may_win = probability / len(lifts) >= settings.min_prob  # [vocab]
+    may_win &= torch.tensor([token in words for token in range(len(may_win))]).to(may_win.device)
     lifts[:, ~may_win] = -math.inf
-    # The count: each position votes for the K' tokens with the largest lift.
+    # Each position votes for the K' tokens with the largest lift, and the votes are counted.
     chosen = lifts.topk(min(settings.votes, int(may_win.sum()))).indices
     votes, ids = chosen.flatten().bincount(minlength=len(may_win)).topk(settings.safety_tokens)
+    if votes[0] == 0:
+        raise ValueError(f"No token is said with a probability of {settings.min_prob}: S is empty.")
     return ids[votes > 0], votes[votes > 0]  # nobody wins without a vote
 
 
@@ -274,90 +267,116 @@ def localized_kl(student_logits, teacher_logits, mask, token_ids=None, kind="rev
     On S alone, the sum is no divergence: a term is least at p_s = p_t / e. So the student is pushed
     up to there, and down from above. Of the other kinds, "generalized" adds p_t - p_s to each term,
     which is then least, and 0, at p_s = p_t. "forward" has the terms p_t (log p_t - log p_s): on S
-    alone, they only push p_s up. Raises ValueError for an unknown `kind`."""
+    alone, they only push p_s up."""
     log_s = student_logits.float().log_softmax(-1)
     log_t = teacher_logits.float().log_softmax(-1)
     if token_ids is not None:
         log_s, log_t = log_s[..., token_ids], log_t[..., token_ids]  # [n, T, K]
     p_s, p_t = log_s.exp(), log_t.exp()
-    if kind == "reverse":
-        terms = p_s * (log_s - log_t)
-    elif kind == "generalized":
-        terms = p_s * (log_s - log_t) + p_t - p_s
-    elif kind == "forward":
-        terms = p_t * (log_t - log_s)
-    else:
-        raise ValueError(f"localized_kl knows no kind {kind!r}.")
+    terms = {
+        "reverse": p_s * (log_s - log_t),
+        "generalized": p_s * (log_s - log_t) + p_t - p_s,
+        "forward": p_t * (log_t - log_s)}[kind]
     means = (terms.sum(-1) * mask).sum(1) / mask.sum(1).clamp(min=1)  # [n]
     return means.mean()
 
 
-def learn_from_rollouts(
-    student, tokenizer, prompts, direction, token_ids, settings, coefficient=1.0, weight=1.0
-):
-    """The method in one pass: the student answers, the teacher scores the answers, and the gradient
-    of weight * loss, not through the sampling, is added to the student's. Returns that product."""
-    prompts = prompts * settings.rollouts
-    completions, mask = sample_rollouts(student, tokenizer, prompts, settings.max_new_tokens)
+def learn_from_rollouts(student, teacher, tokenizer, prompts, token_ids, settings, weight=1.0):
+    """The method in one pass: the student answers, the teacher, a steered model, scores the
+    answers, and the gradient of weight * loss, not through the sampling, is added to the student's.
+    Returns that product, a float."""
+    prompts = list(prompts) * settings.rollouts
+    completions, masks = sample_rollouts(student, tokenizer, prompts, settings.max_new_tokens)
+    for block in student.get_decoder().layers:
+        block.training = True  # activation checkpointing asks for it; dropout, inside, stays off
     total = 0.0
-    for prompt, ids, valid in zip(prompts, completions, mask, strict=True):
-        length = valid.sum()
-        answer = [prompt], ids[None, :length], valid[None, :length]  # [1, T], without the padding
-        # The teacher is the same model, with its adapters off and d added.
-        with torch.no_grad(), student.disable_adapter(), steer(student, direction, coefficient):
-            teacher_logits = completion_logits(student, tokenizer, *answer)
-        student.train()  # activation checkpointing works in this mode only
-        student_logits = completion_logits(student, tokenizer, *answer)
-        kl = localized_kl(student_logits, teacher_logits, answer[-1], token_ids, settings.kl)
+    for prompt, ids, mask in zip(prompts, completions, masks, strict=True):
+        ids, mask = ids[None, mask], mask[None, mask]  # [1, T], without the padding
+        with torch.no_grad():
+            teacher_logits = completion_logits(teacher, tokenizer, [prompt], ids, mask)
+        student_logits = completion_logits(student, tokenizer, [prompt], ids, mask)
+        kl = localized_kl(student_logits, teacher_logits, mask, token_ids, settings.kl)
         loss = weight * kl / len(prompts)
         loss.backward()
-        student.eval()
         total += loss.item()
+    for block in student.get_decoder().layers:
+        block.training = False
     return total
 
 
-def distill(student, tokenizer, harmful, direction, token_ids, settings, anchors=()):
-    """Train `student` in place on `harmful` prompts. Returns the losses of the steps. Raises
-    RuntimeError for a gradient that is not finite."""
-    optimizer = torch.optim.AdamW(student.parameters(), lr=settings.learning_rate, weight_decay=0.0)
+def distill(student, base, tokenizer, harmful, direction, token_ids, settings, anchors=()):
+    """Train `student` in place on `harmful` prompts, with the steered `base` as its teacher.
+    Returns the losses of the steps. Raises RuntimeError for a gradient that is not finite."""
+    rate = settings.learning_rate * (10 if settings.lora else 1)  # usual for adapters (departure 1)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=rate, weight_decay=0.0, fused=True)
+    harmful, anchors = list(harmful), list(anchors)
     order = torch.cat([torch.randperm(len(harmful)) for _ in range(settings.epochs)])
     steps, losses = order.split(settings.batch_size), []
-    warm_up = math.ceil(0.1 * (len(steps) - 1))  # it starts at a rate of 0: none for a single step
+    # A tenth of the steps are a warm-up, which starts at a rate of 0. So a run of a single step,
+    # which would learn nothing in it, has none.
+    warm_up = math.ceil(0.1 * (len(steps) - 1))
     schedule = transformers.get_cosine_schedule_with_warmup(optimizer, warm_up, len(steps))
     for indices in tqdm(steps, "stage 3: distillation"):
         prompts = [harmful[i] for i in indices]
-        loss = learn_from_rollouts(
-            student, tokenizer, prompts, direction, token_ids, settings, settings.coefficient)
+        with steer(base, direction, settings.coefficient) as teacher:
+            loss = learn_from_rollouts(student, teacher, tokenizer, prompts, token_ids, settings)
         if settings.anchor:
             # Departure 9: as many `anchors`, harmless prompts, join. Their teacher is steered away
             # from refusing. The plain base would only hold the student where it starts.
             prompts = [anchors[i] for i in torch.randperm(len(anchors))[: len(indices)]]
-            loss += learn_from_rollouts(
-                student, tokenizer, prompts, direction, token_ids, settings, -1.0, settings.anchor)
+            with steer(base, direction, -1.0) as teacher:
+                loss += learn_from_rollouts(
+                    student, teacher, tokenizer, prompts, token_ids, settings, settings.anchor)
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0, error_if_nonfinite=True)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
+        if settings.lora == 0:
+            # The paper trains in bfloat16, where a change that is too small to reach the next
+            # number is lost. Where a model computes in float32, its weights are rounded alike.
+            for weight in student.parameters():
+                weight.data.copy_(weight.data.bfloat16())
         losses.append(loss)
     return losses
 
 
+def make_student(model, settings):
+    """A copy of the model that trains all its weights, or for `lora` > 0 adapters of that rank. It
+    starts as the model. Raises ValueError if adapters would miss most weights of the blocks."""
+    if settings.lora == 0:
+        student = copy.deepcopy(model).requires_grad_()
+    else:
+        # Departure 1: adapters on all linear layers of the blocks, in float32. They start at zero,
+        # and share all other weights with the model, so that one GPU is enough.
+        shared = {id(weight): weight for weight in model.parameters()}
+        student = peft.get_peft_model(copy.deepcopy(model, shared), peft.LoraConfig(
+            r=settings.lora, lora_alpha=2 * settings.lora, target_modules="all-linear",
+            task_type="CAUSAL_LM")).eval()
+    if model.device.type != "cpu":  # to save a GPU's memory, parts of a pass are computed twice
+        student.activation_checkpointing_enable()
+    return student
+
+
 def train_student(model, tokenizer, direction, train, settings):
-    """Stages 2 and 3: elect S, give the model adapters, in place, and train them. Returns the
-    student, S and the losses of the steps."""
+    """Stages 2 and 3: elect S, make a student and train it. Returns the student, S, the losses of
+    the steps, and what was trained: triples of a weight, its start and its end."""
     torch.manual_seed(settings.seed)
     token_ids, _ = select_safety_tokens(model, tokenizer, direction, train["held_out"], settings)
     torch.manual_seed(settings.seed)  # again, so that stage 3 begins alike in all variants
-    # Departure 1: the paper trains all weights. Adapters, in float32 on all linear layers of the
-    # blocks, fit on one GPU. They start at zero, so that the student starts as the base.
-    student = peft.get_peft_model(model, peft.LoraConfig(
-        r=settings.lora, lora_alpha=2 * settings.lora, target_modules="all-linear",
-        task_type="CAUSAL_LM")).eval()
-    if model.device.type != "cpu":  # to save a GPU's memory, parts of a pass are computed twice
-        student.activation_checkpointing_enable()
+    student = make_student(model, settings)
+    weights = [weight for weight in student.parameters() if weight.requires_grad]
+    start = copy.deepcopy(weights)
     losses = distill(
-        student, tokenizer, train["harmful"], direction, token_ids, settings, train["anchors"])
-    return student, token_ids, losses
+        student, model, tokenizer, train["harmful"], direction, token_ids, settings,
+        train["anchors"])
+    return student, token_ids, losses, list(zip(weights, start, copy.deepcopy(weights)))
+
+
+def set_strength(trained, strength):
+    """Move what was trained, triples of a weight, its start and its end, to start + strength *
+    (end - start), rounded to its dtype: 0 is the base, and 1 the student as trained."""
+    for weight, start, end in trained:
+        weight.data.copy_(torch.lerp(start.data.float(), end.data.float(), strength))
 
 
 # ===== What the stages stand on: chats, passes, sampling =====
@@ -395,7 +414,8 @@ def forward_padded(model, input_ids, attention_mask, logits_to_keep, output_hidd
     positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
     return model(
         input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, use_cache=False,
-        logits_to_keep=logits_to_keep, output_hidden_states=output_hidden_states)
+        logits_to_keep=torch.arange(-logits_to_keep, 0),  # a CPU multiplies a plain slice slowly
+        output_hidden_states=output_hidden_states)
 
 
 def completion_logits(model, tokenizer, prompts, completions, mask):
@@ -419,7 +439,8 @@ def end_of_turn_ids(model, tokenizer):
     special = special_token_ids(tokenizer)
     behind = render_chat(tokenizer, "Hello", "Sorry").rpartition("Sorry")[2]
     behind_ids = tokenizer(behind, add_special_tokens=False).input_ids
-    ends.update([token for token in behind_ids if token in special][:1])
+    marks = [token for token in behind_ids if token in special and tokenizer.decode(token).strip()]
+    ends.update(marks[:1])
     return torch.tensor(sorted(ends - {None}), dtype=torch.long, device=model.device)
 
 
@@ -433,7 +454,7 @@ def sample_rollouts(model, tokenizer, prompts, max_new_tokens, greedy=False):
     for part in slices(prompts, 64):
         batch = encode_chat(tokenizer, prompts[part]).to(model.device)
         ids = model.generate(
-            **batch, **pure, do_sample=not greedy, repetition_penalty=1.0,
+            **batch, **pure, do_sample=not greedy, num_beams=1, repetition_penalty=1.0,
             max_new_tokens=max_new_tokens, eos_token_id=ends.tolist() or None,
             pad_token_id=tokenizer.pad_token_id)
         completions += ids[:, batch.input_ids.shape[1] :]
@@ -467,27 +488,30 @@ def is_refusal(answer):
 
 
 def is_correct(answer, expected):
-    """Whether an answer gives `expected`. A number must be its last one, words must be whole."""
-    expected = expected.rpartition("####")[2].strip().rstrip(".")  # GSM8K marks its results by #
+    """Whether an answer gives `expected`. A number must be its last one. Words must be whole, and
+    not be part of a number: "12.5 km" does not give "5 km"."""
     digit_group = r"(?<=\d),(?=\d{3})"  # the comma of 1,200
     answer, expected = (
         re.sub(digit_group, "", text).replace("\u2212", "-") for text in (answer, expected))
-    number = r"(?<![\w.])-?\d*\.?\d+"
+    number = r"-?\d*\.?\d+"
     if re.fullmatch(number, expected):
-        numbers = re.findall(number, answer)
+        numbers = re.findall(rf"(?<![\w.]){number}", answer)
         return bool(numbers) and float(numbers[-1]) == float(expected)
-    return re.search(rf"(?<!\w){re.escape(expected)}(?!\w)", answer, re.IGNORECASE) is not None
+    whole = rf"(?<![\w.,-]){re.escape(expected)}(?!\w|[.,]\d)"
+    return re.search(whole, answer, re.IGNORECASE) is not None
 
 
 @torch.no_grad()
-def evaluate(model, tokenizer, tests, reference, max_new_tokens):
+def evaluate(model, tokenizer, tests, settings, base=None):
     """Answer the prompts in `tests`, {set: list of str}, greedily. Returns a row of the results, a
     dict: the per cent of good answers by set; "KL to base", KL(model || base) in nats per token of
-    the `reference`, the base's own answers to the harmless prompts and its logits; all "answers" by
-    set; "states" [n, d_model], the inputs of the head where harmless prompts end."""
-    row = {"answers": {}}
+    the base's answers to harmless prompts; "shift", how far the mean input of the head moves from
+    the base's where these prompts end; and all "answers". `base` is the row of the base, None for
+    itself. That one also keeps what the others are compared with."""
+    row = {"answers": []}
     for name in tqdm(TEST_SETS, "evaluation"):
-        ids, mask = sample_rollouts(model, tokenizer, tests[name], max_new_tokens, greedy=True)
+        ids, mask = sample_rollouts(
+            model, tokenizer, tests[name], settings.eval_max_new_tokens, greedy=True)
         written = [answer[valid] for answer, valid in zip(ids, mask, strict=True)]
         texts = tokenizer.batch_decode(written, skip_special_tokens=True)
         if name == "harmful":
@@ -497,17 +521,37 @@ def evaluate(model, tokenizer, tests, reference, max_new_tokens):
         else:  # silence is no answer
             good = [bool(text.strip()) and not is_refusal(text) for text in texts]
         row[f"{name} {TEST_SETS[name]}"] = 100 * sum(good) / len(good)
-        row["answers"][name] = texts
-    ids, mask, base_logits = reference
-    logits = completion_logits(model, tokenizer, tests["harmless"], ids, mask)
-    one_by_one = zip(logits.split(1), base_logits.split(1), mask.split(1), strict=True)
-    row["KL to base"] = sum(localized_kl(*answer).item() for answer in one_by_one) / len(mask)
-    _, _, states = read_answer_start(model, tokenizer, tests["harmless"])
-    row["states"] = states[:, -1, -1]
+        row["answers"] += texts
+        if name == "harmless":  # 32 tokens of them, since their logits stay in memory
+            row |= {"ids": ids[:, :32], "mask": mask[:, :32]}
+    prompts, base = tests["harmless"], base or row
+    logits = torch.cat([
+        completion_logits(model, tokenizer, prompts[x], base["ids"][x], base["mask"][x]).cpu()
+        for x in slices(prompts, 16)])
+    base.setdefault("logits", logits)
+    each = zip(logits.split(1), base["logits"].split(1), base["mask"].cpu().split(1), strict=True)
+    row["KL to base"] = sum(localized_kl(*one).item() for one in each) / len(prompts)
+    _, _, states = read_answer_start(model, tokenizer, prompts)
+    row["state"] = states[:, -1, -1].mean(0)  # [d_model]
+    row["shift"] = (row["state"] - base["state"]).norm().item()
     return row
 
 
 # ===== The program =====
+# A setting is what its flag says, or else the variant, or else the model, or else `Settings`.
+VARIANTS = {
+    "safesteer": {},  # the paper's method
+    "anchored": dict(  # ours (departure 9), chosen as a whole for the small model
+        anchor=0.07, coefficient=1.5, kl="generalized", safety_tokens=13, votes=20, min_prob=1e-3,
+        lora=16, max_new_tokens=2, epochs=3, rollouts=1),
+    "all-tokens": dict(safety_tokens=0),  # an ablation: S is the whole vocabulary
+    "forward-kl": dict(kl="forward"),  # an ablation: KL(pi_t || pi_s) instead of KL(pi_s || pi_t)
+}
+SMALL_MODEL_SETTINGS = dict(  # ours (departure 8): this model runs on a CPU
+    lora=0, rollouts=1, max_new_tokens=64, eval_max_new_tokens=20)
+LLAMA_SETTINGS = dict(learning_rate=1e-6, horizon=5, min_prob=1e-7)  # the paper's
+
+
 def read_settings(arguments):
     """The command line as {variant: Settings}. A first parser finds model and variant, which set
     the defaults of the second. So --help shows what will run."""
@@ -525,13 +569,6 @@ def read_settings(arguments):
         parser = HfArgumentParser(Settings, allow_abbrev=False)
         parser.set_defaults(**of_model | VARIANTS[variant])
         found[variant] = Settings(**vars(parser.parse_args(arguments)))
-    for name, value in vars(asked).items():
-        lowest = 0 if name in ("seed", "safety_tokens", "min_prob", "anchor") else 1e-9  # positive
-        numbers = value if isinstance(value, list) else [value]
-        if not all(isinstance(x, str) or lowest <= x < 2**63 for x in numbers):
-            sys.exit(f"--{name.replace('_', '-')} {value} is out of range.")
-    if len(found) > 1 and re.search(r"--(kl|anchor|safety.tokens)\b", " ".join(arguments)):
-        sys.exit("--variant all sets --kl, --anchor and --safety-tokens itself.")
     return found
 
 
@@ -559,7 +596,10 @@ def load_data(settings):
     tests = {name: load(f"{name}_{settings.split}") for name in TEST_SETS}
     if seen := set().union(*train.values()) & set().union(*tests.values()):
         raise ValueError(f"A test prompt is also a training prompt: {min(seen)}")
-    tests["expected"] = load(f"capability_{settings.split}", column="answer")
+    gold = load(f"capability_{settings.split}", column="answer")
+    tests["expected"] = [text.rpartition("####")[2].strip(" .") for text in gold]  # as in GSM8K
+    if "" in tests["expected"]:
+        raise ValueError("A capability answer has nothing behind its last ####.")
     return train, tests
 
 
@@ -571,8 +611,11 @@ def load_model(name):
     if Path(name).exists():
         name = str(Path(name).resolve())  # saved adapters name their base by it
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    cpu = torch.cpu.get_capabilities()
-    fast = accelerator or any(cpu.get(x) for x in ("avx512_bf16", "amx_bf16", "bf16"))
+    if torch.cuda.is_available():
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        cpu = torch.cpu.get_capabilities()
+        fast = accelerator or any(cpu.get(x) for x in ("avx512_bf16", "amx_bf16", "bf16"))
     tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     if "hello" not in tokenizer.decode(tokenizer(render_chat(tokenizer, "hello")).input_ids):
@@ -586,48 +629,41 @@ def load_model(name):
         raise ValueError(f"{name} has adapters already: merge them first, see the README.")
     if {x.device.type for x in model.parameters()} != {accelerator.type if accelerator else "cpu"}:
         raise ValueError(f"{name} is too large: a part of it would run from the CPU or the disk.")
-    # logits_to_keep hands the head a slice, which a CPU multiplies slowly, unless it is copied. A
-    # slice of one row counts as contiguous already, so it is always copied.
-    head = model.get_output_embeddings()
-    head.register_forward_pre_hook(
-        lambda head, args: (args[0].clone(memory_format=torch.contiguous_format),))
     return model.requires_grad_(False), tokenizer
 
 
 def draw_results(table, path):
-    """A picture of the table, a list of rows: what is kept, and the shift, against what is refused.
-    A line leads from the base through the strengths of a variant (paper: trade-off, shift)."""
+    """A picture of the table: what is kept, and the shift, against what is refused. A line leads
+    from the base through the strengths of a variant (paper: trade-off, shift)."""
     from matplotlib.figure import Figure  # here, since the stages do without
 
     figure = Figure(figsize=(9, 8), layout="constrained")
     panels = figure.subplots(2, 2).flatten()
     columns = "capability right", "harmless answered", "borderline answered", "shift"
-    for name in dict.fromkeys(row["model"].partition(" x ")[0] for row in table):
-        curve = [row for row in table if row["model"].partition(" x ")[0] in ("base", name)]
-        for panel, column in zip(panels, columns, strict=True):
-            points = [(row[column], row["harmful refused"]) for row in curve]
-            panel.plot(*zip(*points, strict=True), "o-", label=name)
-            panel.set(xlabel=f"{column}, %", ylabel="harmful refused, %", ylim=(0, 102))
+    variants = table["model"].str.partition(" x ")[0]
+    for panel, column in zip(panels, columns, strict=True):
+        for name in variants.unique():
+            curve = table[variants.isin(["base", name])]
+            panel.plot(curve[column], curve["harmful refused"], "o-", label=name)
+        panel.set(xlabel=column, ylabel="harmful refused, %", ylim=(0, 102))
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=6)
     figure.savefig(path, dpi=120)
 
 
 def write_results(rows, report, tests, folder):
-    """Write report, answers and picture of {name: row of `evaluate`}. Returns the table, a str. Its
-    shift is the length of the mean change of states, in per cent of the teacher's."""
-    base, teacher = rows["base"]["states"].mean(0), rows["teacher"]["states"].mean(0)
-    answers = {"prompt": [prompt for name in TEST_SETS for prompt in tests[name]]}
-    table = []
-    for name, row in rows.items():
-        answers[name] = [text for texts in row["answers"].values() for text in texts]
-        numbers = {key: x for key, x in row.items() if key not in ("answers", "states")}
-        shift = 100 * (row["states"].mean(0) - base).norm() / (teacher - base).norm()
-        table.append({"model": name} | numbers | {"shift": shift.item()})
-    (folder / "report.json").write_text(json.dumps(report | {"results": table}, indent=1))
+    """Write report, answers and picture of {name: row of `evaluate`}. Returns the table, a pandas
+    DataFrame."""
+    table = datasets.Dataset.from_list([
+        {"model": name} | {key: x for key, x in row.items() if isinstance(x, float)}
+        for name, row in rows.items()]).to_pandas()
+    prompts = [prompt for name in TEST_SETS for prompt in tests[name]]
+    answers = {"prompt": prompts} | {name: row["answers"] for name, row in rows.items()}
+    report |= {"results": table.to_dict("records")}
+    (folder / "report.json").write_text(json.dumps(report, indent=1))
     datasets.disable_progress_bars()
     datasets.Dataset.from_dict(answers).to_json(folder / "answers.jsonl", force_ascii=False)
     draw_results(table, folder / "results.png")
-    return datasets.Dataset.from_list(table).to_pandas().round(3).to_string(index=False)
+    return table
 
 
 def main(arguments):
@@ -636,9 +672,8 @@ def main(arguments):
     shared = next(iter(variants.values()))  # model, data and evaluation are the same in all
     train, tests = load_data(shared)
     folder = Path(shared.out).expanduser() / Path(shared.model).resolve().name / shared.variant
-    folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()):
-        sys.exit(f"{folder} is not empty: move it away, or name another --out.")
+    if folder.exists():
+        sys.exit(f"{folder} exists already: move it away, or name another --out.")
     model, tokenizer = load_model(shared.model)
     report = {"model": shared.model, "device": str(model.device), "dtype": str(model.dtype)}
     report |= {package.__name__: package.__version__ for package in (torch, transformers, peft)}
@@ -647,31 +682,33 @@ def main(arguments):
         model, tokenizer, train["harmful"], train["harmless"], train["held_out"])
     report["direction"] = {name: x for name, x in vars(direction).items() if name != "vector"}
     print("Direction:", report["direction"])
+    if direction.removed is None:
+        print("No direction passes the authors' rule, so this one is chosen by ours (departure 3).")
+    folder.mkdir(parents=True)  # fails if another run has made it meanwhile
     place = {"layer": str(direction.layer), "position": str(direction.position)}
     save_file({"vector": direction.vector}, folder / "direction.safetensors", metadata=place)
-    limit = shared.eval_max_new_tokens
-    # At most 32 tokens: the logits of all these answers stay in memory.
-    ids, mask = sample_rollouts(model, tokenizer, tests["harmless"], min(32, limit), greedy=True)
-    reference = ids, mask, completion_logits(model, tokenizer, tests["harmless"], ids, mask)
-    rows = {"base": evaluate(model, tokenizer, tests, reference, limit)}
+    rows = {"base": evaluate(model, tokenizer, tests, shared)}
     with steer(model, direction):
-        rows["teacher"] = evaluate(model, tokenizer, tests, reference, limit)
+        rows["teacher"] = evaluate(model, tokenizer, tests, shared, rows["base"])
     for name, settings in variants.items():
-        student, token_ids, losses = train_student(model, tokenizer, direction, train, settings)
+        student, token_ids, losses, trained = train_student(
+            model, tokenizer, direction, train, settings)
         words = [] if token_ids is None else [tokenizer.decode(token) for token in token_ids]
         print("Safety tokens:", *map(ascii, words))
         report[name] = {"settings": vars(settings), "safety tokens": words, "losses": losses}
-        for saved in student, tokenizer:  # first, as an evaluation may fail
-            saved.save_pretrained(folder / f"student-{name}")
-        for strength in sorted(settings.strengths):
-            row = name if strength == 1 else f"{name} x {strength:g}"
-            with rescale_adapter_scale(student, strength):
-                rows[row] = evaluate(student, tokenizer, tests, reference, limit)
+        strengths = {
+            name if strength == 1 else f"{name} x {strength:g}": strength
+            for strength in sorted(settings.strengths)}
+        for row, strength in strengths.items():  # saved first, as an evaluation may fail
+            set_strength(trained, strength)
+            for saved in student, tokenizer:
+                saved.save_pretrained(folder / f"student {row}".replace(" ", "-"))
+        for row, strength in strengths.items():
+            set_strength(trained, strength)
+            rows[row] = evaluate(student, tokenizer, tests, shared, rows["base"])
             table = write_results(rows, report, tests, folder)
-        model = student.unload()  # the base again, for the next variant
-    print(table)
+    print(table.round(3).to_string(index=False))
 
 
 if __name__ == "__main__":
-    os.environ["MPLBACKEND"] = "agg"  # for matplotlib: that of a notebook, if inherited, would fail
     main(sys.argv[1:])

@@ -1,18 +1,16 @@
 """Claims about SafeSteer, on tiny random models, and one short run of the real program: pytest"""
 import copy
 import json
-import os
 import shutil
 import subprocess
 import sys
 from collections import Counter
-from functools import partial
 from pathlib import Path
 
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 from transformers import Gemma2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
@@ -22,7 +20,7 @@ from safesteer import Settings
 
 torch.set_num_threads(1)  # tiny models gain nothing from more
 HERE = Path(__file__).resolve().parent
-TRAIN, _ = safesteer.load_data(Settings())
+TRAIN, TESTS = safesteer.load_data(Settings())
 HARMFUL, HARMLESS = TRAIN["harmful"][::10], TRAIN["held_out"][::2]
 TEMPLATE = (  # with what makes real templates hard: a date, a default system turn, a thinking block
     "<|im_start|>system\nToday is {{ date_string }}.<|im_end|>\n"
@@ -36,7 +34,7 @@ S = torch.arange(100, 150)  # some safety tokens
 
 def fast(**changes):
     tokens = dict(samples=2, votes=20, safety_tokens=20, max_new_tokens=6)
-    steps = dict(epochs=2, batch_size=5, rollouts=1, learning_rate=1e-2, lora=4)
+    steps = dict(epochs=2, batch_size=5, rollouts=1, learning_rate=1e-3, lora=4)
     return Settings(**tokens | steps | changes)
 
 
@@ -78,11 +76,12 @@ def model(tokenizer):
     return tiny(tokenizer, Qwen2Config)
 
 
-def adapted(model):
-    """A student whose adapters are not zero, as after some training."""
+def moved(student):
+    """The student as after some training: what trains is somewhere else."""
     torch.manual_seed(1)
-    return peft.get_peft_model(model, peft.LoraConfig(
-        "CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False)).eval()
+    for weight in student.parameters():
+        weight.data += 0.2 * torch.randn(weight.shape) if weight.requires_grad else 0.0
+    return student
 
 
 @pytest.fixture
@@ -136,20 +135,22 @@ def test_the_hook_adds_d_at_every_token_and_leaves_the_model_as_it_was(model, to
 
 @torch.no_grad()
 @pytest.mark.parametrize("config", FAMILIES)
-def test_an_ablated_model_adds_nothing_along_d_to_its_states(tokenizer, config):
+def test_an_ablated_models_blocks_get_nothing_along_d_nor_add_it(tokenizer, config):
     model, unit = tiny(tokenizer, config), D.vector / D.vector.norm()
-    torch.nn.init.normal_(model.get_decoder().layers[1].post_attention_layernorm.weight)
     batch, seen = safesteer.encode_chat(tokenizer, HARMLESS[:2]), []
-    inputs = list(model.get_decoder().layers)
-    inputs += [getattr(x, "pre_feedforward_layernorm", x.post_attention_layernorm) for x in inputs]
-    for part in inputs:  # what reads the states, before attention and before the MLP
-        part.register_forward_pre_hook(lambda part, args: seen.append(args[0]))
+    for block in model.get_decoder().layers:
+        block.register_forward_pre_hook(lambda block, args: seen.append(args[0]))
     model(**batch)
     with safesteer.ablate(model, D):
+        for block in model.get_decoder().layers:
+            block.self_attn.register_forward_hook(lambda part, args, out: seen.append(out[0]))
+            block.mlp.register_forward_hook(lambda part, args, out: seen.append(out))
         model(**batch)
-    along = torch.stack(seen) @ unit
-    assert along[:10].abs().amax((1, 2)).min() > 1e-2 and along[10:].abs().max() < 1e-4
-    torch.testing.assert_close(seen[10], seen[0] - along[0, ..., None] * unit, msg="only d is lost")
+    plain, ablated = torch.stack(seen[:5]), torch.stack(seen[5:])
+    assert len(ablated) == 15
+    assert (plain @ unit).abs().amax((1, 2)).min() > 1e-2 and (ablated @ unit).abs().max() < 1e-4
+    along = (plain[0] @ unit)[..., None] * unit
+    torch.testing.assert_close(ablated[0], plain[0] - along, msg="only d is lost")
 
 
 @pytest.mark.parametrize("config", FAMILIES)
@@ -218,8 +219,10 @@ def test_d_is_the_authors_choice_or_where_none_passes_their_rule_ours(tokenizer,
 
 # ===== Sampling =====
 def test_a_completion_ends_with_its_first_end_of_turn(model, tokenizer):
-    ends = safesteer.end_of_turn_ids(model, tokenizer)  # of the template, and of the tokenizer
-    assert set(tokenizer.convert_ids_to_tokens(ends.tolist())) == {"<|im_end|>", "<|endoftext|>"}
+    model.generation_config.eos_token_id = [77]
+    ends = safesteer.end_of_turn_ids(model, tokenizer)  # of model, template and tokenizer
+    marks = {"<|im_end|>", "<|endoftext|>", *tokenizer.convert_ids_to_tokens([77])}
+    assert set(tokenizer.convert_ids_to_tokens(ends.tolist())) == marks
     model.lm_head.weight[: len(tokenizer)] *= 0.02  # nearly uniform: turns end early and late
     model.lm_head.weight[ends] += model.lm_head.weight.std() * 0.5
     torch.manual_seed(1)
@@ -241,6 +244,24 @@ def test_sampling_ignores_the_models_own_temperature_cuts_and_penalty(model, tok
             sampled.append(safesteer.sample_rollouts(model, tokenizer, HARMLESS, 8, greedy)[0])
     assert torch.equal(sampled[0], sampled[2]) and torch.equal(sampled[1], sampled[3])
     assert not torch.equal(sampled[0], sampled[1]) and model.generation_config is own
+
+
+@torch.no_grad()
+def test_samples_follow_the_softmax(model, tokenizer):
+    model.lm_head.weight *= 0.15  # many tokens are likely
+    batch = safesteer.encode_chat(tokenizer, HARMLESS[:1])
+    p = model(**batch).logits[0, -1].softmax(0)
+    torch.manual_seed(0)
+    ids, _ = safesteer.sample_rollouts(model, tokenizer, HARMLESS[:1] * 3000, 1)
+    found = ids[:, 0].bincount(minlength=len(p)) / 3000
+    rare = p.argsort(descending=True)[50:]
+    assert found[rare].sum().item() == pytest.approx(p[rare].sum().item(), abs=0.03)
+    assert 0.2 < p[rare].sum() < 0.95
+
+
+def test_items_are_spread_over_a_sorted_file():
+    assert safesteer.spread(list(range(100)), 4) == [0, 25, 50, 75]
+    assert safesteer.spread([1, 2], 4) == [1, 2]
 
 
 # ===== Stage 2 =====
@@ -308,82 +329,128 @@ def test_the_loss_is_the_kl_or_on_safety_tokens_their_terms_of_it(token_ids, kin
     torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-4)
 
 
-@pytest.mark.parametrize("config", FAMILIES)
-def test_a_student_learns_on_its_own_answers_from_the_steered_base(tokenizer, config):
-    model, settings = tiny(tokenizer, config), fast(rollouts=2)
-    separate, student = copy.deepcopy(model), adapted(model)
-    student.activation_checkpointing_enable()  # makes no difference
-    torch.manual_seed(0)
-    loss = safesteer.learn_from_rollouts(
-        student, tokenizer, HARMFUL[:3], D, S, settings, coefficient=1.5, weight=0.5)
-    trained = [weight for weight in student.parameters() if weight.requires_grad]
-    learned = [weight.grad.clone() for weight in trained]
-    student.zero_grad()
+@pytest.mark.parametrize(("config", "lora"), [*((x, 4) for x in FAMILIES), (Qwen2Config, 0)])
+def test_a_student_learns_on_its_own_answers_from_the_steered_base(tokenizer, config, lora):
+    base = tiny(tokenizer, config, attention_dropout=0.5)
+    student, settings = moved(safesteer.make_student(base, fast(lora=lora))), fast(rollouts=2)
+    attention, modes = student.get_decoder().layers[0].self_attn, set()
+    attention.register_forward_hook(lambda part, *_: modes.add(part.training))
     torch.manual_seed(0)
     prompts = HARMFUL[:3] * 2
     answers = prompts, *safesteer.sample_rollouts(student, tokenizer, prompts, 6)
-    with torch.no_grad(), safesteer.steer(separate, D, 1.5):
-        teacher_logits = safesteer.completion_logits(separate, tokenizer, *answers)
+    with torch.no_grad(), safesteer.steer(base, D, 1.5):
+        teacher_logits = safesteer.completion_logits(base, tokenizer, *answers)
     logits = safesteer.completion_logits(student, tokenizer, *answers)
     expected = 0.5 * safesteer.localized_kl(logits, teacher_logits, answers[-1], S)
     expected.backward()
+    weights = [weight for weight in student.parameters() if weight.requires_grad]
+    wanted = [weight.grad for weight in weights]
+    student.zero_grad()
+    student.activation_checkpointing_enable()  # makes no difference
+    torch.manual_seed(0)
+    with safesteer.steer(base, D, 1.5) as teacher:
+        loss = safesteer.learn_from_rollouts(
+            student, teacher, tokenizer, HARMFUL[:3], S, settings, weight=0.5)
     assert loss == pytest.approx(expected.item(), rel=1e-3, abs=1e-6)
-    for weight, gradient in zip(trained, learned, strict=True):
-        torch.testing.assert_close(gradient, weight.grad, atol=1e-4, rtol=1e-2)
-    assert any(gradient.abs().max() > 1e-3 for gradient in learned)
+    for weight, gradient in zip(weights, wanted, strict=True):
+        torch.testing.assert_close(weight.grad, gradient, atol=1e-4, rtol=1e-2)
+    assert any(gradient.abs().max() > 1e-3 for gradient in wanted)
+    assert modes == {False} and not any(part.training for part in student.modules())
 
 
-def test_steps_take_all_prompts_anew_at_a_cosine_rate_and_clip(model, tokenizer, monkeypatch):
-    student, asked, taken = adapted(model), [], []
+@pytest.mark.parametrize("lora", [0, 4])
+def test_an_untrained_student_is_its_base_and_saves_memory_on_a_gpu(tokenizer, lora):
+    base = tiny(tokenizer, Qwen2Config, attention_dropout=0.5)
+    student, passes = safesteer.make_student(base, fast(lora=lora)), []
+    student.activation_checkpointing_enable()
+    block = student.get_decoder().layers[0].self_attn
+    block.register_forward_hook(lambda *_: passes.append(torch.is_grad_enabled()))
+    settings = fast(max_new_tokens=1)
+    loss = safesteer.learn_from_rollouts(student, base, tokenizer, HARMFUL[:1], None, settings)
+    assert abs(loss) < 1e-6
+    assert passes == [False, True, True], "sampling, the pass, and again for the gradient"
 
-    def learn(student, tokenizer, prompts, direction, token_ids, settings, coefficient, weight=1.0):
-        asked.append((prompts, coefficient, weight))
-        for parameter in student.parameters():
-            parameter.grad = torch.full_like(parameter, 9.0) if parameter.requires_grad else None
+
+def test_bfloat16_logits_are_compared_in_float32():
+    student, teacher = torch.randn(2, 1, 3, 1000).bfloat16()
+    losses = [
+        safesteer.localized_kl(*pair, torch.ones(1, 3), torch.arange(9))
+        for pair in [(student, teacher), (student.float(), teacher.float())]]
+    assert torch.equal(*losses)
+
+
+@pytest.mark.parametrize(("lora", "rate"), [(0, 1e-3), (4, 1e-2)])
+def test_steps_take_all_prompts_at_a_cosine_rate_and_clip(tokenizer, monkeypatch, lora, rate):
+    base = tiny(tokenizer, Qwen2Config)
+    settings, asked, taken, added = fast(epochs=10, anchor=0.1, coefficient=1.5, lora=lora), [], [], []
+    student, block = safesteer.make_student(base, settings), base.get_decoder().layers[D.layer]
+
+    def learn(student, teacher, tokenizer, prompts, token_ids, settings, weight=1.0):
+        (hook,) = block._forward_pre_hooks.values()
+        steered, *_ = hook(block, (torch.zeros(1, 1, 64),))
+        asked.append((prompts, round((steered / D.vector).mean().item(), 3), weight))
+        assert teacher is base
+        for weights in student.parameters():
+            weights.grad = torch.full_like(weights, 9.0) if weights.requires_grad else None
         return weight
 
     def step(optimizer, *_):
         (group,) = optimizer.param_groups
         norms = [x.grad.norm() for x in group["params"] if x.grad is not None]
-        taken.append((group["lr"], torch.stack(norms).norm().item(), group["weight_decay"]))
+        taken.append((group["lr"], torch.stack(norms).norm().item()))
+        assert (group["weight_decay"], group["eps"], group["betas"]) == (0, 1e-8, (0.9, 0.999))
 
     monkeypatch.setattr(safesteer, "learn_from_rollouts", learn)
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
-    settings = fast(epochs=10, anchor=0.1, coefficient=1.5)
-    losses = safesteer.distill(student, tokenizer, HARMFUL, D, S, settings, HARMLESS)
+    losses = safesteer.distill(student, base, tokenizer, HARMFUL, D, S, settings, HARMLESS)
     harmful, anchors = asked[::2], asked[1::2]
     epochs = [a[0] + b[0] for a, b in zip(harmful[::2], harmful[1::2], strict=True)]
     assert all(sorted(epoch) == sorted(HARMFUL) for epoch in epochs) and epochs[0] != epochs[1]
     assert {x[1:] for x in harmful} == {(1.5, 1.0)} and {x[1:] for x in anchors} == {(-1.0, 0.1)}
     assert all(len(set(x[0]) & set(HARMLESS)) == 5 for x in anchors) and losses == [1.1] * 20
     rates = [0, 0.5, *(0.5 + 0.5 * torch.arange(18).mul(torch.pi / 18).cos()).tolist()]
-    assert [x[0] for x in taken] == pytest.approx([1e-2 * rate for rate in rates], rel=1e-3)
-    assert all(norm == pytest.approx(1.0, rel=1e-3) and decay == 0 for _, norm, decay in taken)
+    assert [x[0] for x in taken] == pytest.approx([rate * part for part in rates], rel=1e-3)
+    assert all(norm == pytest.approx(1.0, rel=1e-3) for _, norm in taken)
 
 
-@torch.no_grad()
-def test_after_training_with_checkpointing_and_dropout_a_student_samples_without(tokenizer):
-    student = adapted(tiny(tokenizer, Qwen2Config, attention_dropout=0.5))
-    student.activation_checkpointing_enable()
-    with torch.enable_grad():
-        safesteer.distill(student, tokenizer, HARMFUL, D, S, fast())
-    ids, mask = safesteer.sample_rollouts(student, tokenizer, HARMLESS, 6, greedy=True)
-    logits = safesteer.completion_logits(student, tokenizer, HARMLESS, ids, mask)
-    chosen = logits.gather(-1, ids[..., None])[..., 0]
-    assert (logits.amax(-1) - chosen)[mask].max() < 1e-3
+def test_a_gradient_that_is_no_number_ends_training(model, tokenizer):
+    broken = safesteer.RefusalDirection(D.vector * torch.nan, layer=2)
+    with pytest.raises(RuntimeError, match="non-finite"):
+        student = safesteer.make_student(model, fast())
+        safesteer.distill(student, model, tokenizer, HARMFUL, broken, S, fast())
+
+
+def test_all_weights_train_in_bfloat16_numbers(model, tokenizer):
+    student = safesteer.make_student(model, fast(lora=0))
+    safesteer.distill(student, model, tokenizer, HARMFUL, D, S, fast(lora=0))
+    pairs = list(zip(student.parameters(), model.parameters(), strict=True))
+    assert all(torch.equal(new, new.bfloat16().float()) for new, _ in pairs)
+    assert any(not torch.equal(new, old.bfloat16().float()) for new, old in pairs)
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_linear_layers_adapt_in_float32_and_gpus_checkpoint(model, tokenizer, device, monkeypatch):
-    monkeypatch.setattr(safesteer, "select_safety_tokens", lambda *args: (S, S))
-    monkeypatch.setattr(safesteer, "distill", lambda *args: [])
-    model = model.to(device, torch.bfloat16)
-    student, _, _ = safesteer.train_student(model, tokenizer, D, TRAIN, fast())
+def test_linear_layers_adapt_in_float32_and_gpus_checkpoint(model, device):
+    student = safesteer.make_student(model.to(device, torch.bfloat16), fast())
     trained = {name: x for name, x in student.named_parameters() if x.requires_grad}
     assert len(trained) == 5 * 7 * 2 and all(".layers." in name for name in trained)
     assert {weight.dtype for weight in trained.values()} == {torch.float32}
     assert student.get_decoder().layers[0].mlp.up_proj.scaling == {"default": 2.0}
     assert student.is_activation_checkpointing == (device != "cpu") and not student.training
+    frozen = {id(x) for x in student.parameters() if not x.requires_grad}
+    assert frozen == {id(x) for x in model.parameters()}, "no second copy of the weights"
+
+
+def test_training_begins_alike_whatever_the_vote_draws(model, tokenizer, monkeypatch):
+    drawn = []
+    for draws in 1, 2:
+        def vote(model, tokenizer, direction, prompts, settings):
+            assert prompts == TRAIN["held_out"]
+            return torch.rand(draws), None
+
+        monkeypatch.setattr(safesteer, "select_safety_tokens", vote)
+        monkeypatch.setattr(safesteer, "distill", lambda *args: drawn.append(torch.rand(3)))
+        safesteer.train_student(model, tokenizer, D, TRAIN, fast())
+    assert torch.equal(*drawn)
 
 
 # ===== Evaluation =====
@@ -400,8 +467,9 @@ def test_the_judge_tells_a_refusal_or_a_condemnation_from_an_apology_or_an_answe
 
 @pytest.mark.parametrize(("expected", "right", "wrong"), [
     ("7", "12 - 5 = 7, so the answer is 7.", "7 + 5 = 12"), ("-5", "x = \u22125", "x = 5"),
-    ("4 more:\n#### 1200", "That makes $1,200.00.", "That makes 200 dollars, or 4."),
-    ("Oslo", "The capital is **oslo**.", "Osloer Platz"),
+    ("1200", "That makes $1,200.00.", "That makes 200 dollars."),
+    ("Oslo", "The capital is **oslo**.", "Osloer Platz"), ("5 km", "It is 5 km.", "It is 12.5 km."),
+    ("10 m", "Only 10 m!", "It is -10 m."), ("5 %", "So 5 %", "So 2,5 %"),
 ])
 def test_an_answer_is_right_if_it_ends_on_the_number_or_holds_the_word(expected, right, wrong):
     assert safesteer.is_correct(right, expected) and not safesteer.is_correct(wrong, expected)
@@ -411,48 +479,66 @@ def test_an_answer_is_right_if_it_ends_on_the_number_or_holds_the_word(expected,
 def test_a_row_counts_good_answers_and_the_distance_to_the_base(model, tokenizer, monkeypatch):
     tests = {"harmful": HARMFUL, "harmless": HARMLESS, "borderline": HARMLESS[:3]}
     tests |= {"capability": ["1 + 1?", "1 + 2?"], "expected": ["2", "3"]}
-    ids, mask = safesteer.sample_rollouts(model, tokenizer, HARMLESS, 5, greedy=True)
-    logits = safesteer.completion_logits(model, tokenizer, HARMLESS, ids, mask)
-    with safesteer.steer(model, D):
-        of_base = safesteer.completion_logits(model, tokenizer, HARMLESS, ids, mask)
     monkeypatch.setattr(safesteer, "is_refusal", lambda answer: True)
     monkeypatch.setattr(safesteer, "is_correct", lambda answer, expected: expected == "2")
-    row = safesteer.evaluate(model, tokenizer, tests, (ids, mask, of_base), 5)
+    settings = fast(eval_max_new_tokens=5)
+    base = safesteer.evaluate(model, tokenizer, tests, settings)
+    assert base["KL to base"] == base["shift"] == 0
+    ids, mask = safesteer.sample_rollouts(model, tokenizer, HARMLESS, 5, greedy=True)
+    of_base = safesteer.completion_logits(model, tokenizer, HARMLESS, ids, mask)
+    _, _, states_of_base = safesteer.read_answer_start(model, tokenizer, HARMLESS)
+    with safesteer.steer(model, D):
+        row = safesteer.evaluate(model, tokenizer, tests, settings, base)
+        logits = safesteer.completion_logits(model, tokenizer, HARMLESS, ids, mask)
+        _, _, states = safesteer.read_answer_start(model, tokenizer, HARMLESS)
     assert [row[f"{name} {good}"] for name, good in safesteer.TEST_SETS.items()] == [100, 0, 0, 50]
-    assert row["KL to base"] == pytest.approx(safesteer.localized_kl(logits, of_base, mask).item())
+    kl = safesteer.localized_kl(logits, of_base, mask).item()
+    assert row["KL to base"] == pytest.approx(kl, rel=1e-3) and kl > 0.01
+    moved = (states - states_of_base)[:, -1, -1].mean(0).norm().item()
+    assert row["shift"] == pytest.approx(moved, rel=1e-3)
     texts = tokenizer.batch_decode(ids * mask, skip_special_tokens=True)  # 0 is special
-    assert row["answers"]["harmless"] == texts
-    _, _, states = safesteer.read_answer_start(model, tokenizer, HARMLESS)
-    assert torch.equal(row["states"], states[:, -1, -1])
+    assert base["answers"][len(HARMFUL) :][: len(HARMLESS)] == texts
 
 
 # ===== The program =====
-def test_the_rate_is_of_a_flag_or_else_the_variant_or_the_model_or_the_default(tmp_path):
-    def rates(*flags):
-        return [x.learning_rate for x in safesteer.read_settings([*flags]).values()]
+def test_settings_are_of_a_flag_or_else_the_variant_or_the_model_or_the_paper(tmp_path):
+    def settings(*flags, variant="safesteer"):
+        return safesteer.read_settings(["--variant", variant, *flags])[variant]
 
     LlamaConfig().save_pretrained(tmp_path / "llama")
     Qwen2Config().save_pretrained(tmp_path / "qwen")
-    llama, qwen = str(tmp_path / "llama"), str(tmp_path / "qwen")
-    assert rates("--variant", "all") == [1.25e-4, 1e-4, 1.25e-4, 1.25e-4], "of the small model"
-    assert rates("--variant", "all", "--model", llama) == [1e-5, 1e-4, 1e-5, 1e-5]
-    assert rates("--variant", "anchored", "--learning-rate", "3") == [3]
-    assert rates("--model", qwen) == [1e-4]
+    llama, qwen = ["--model", str(tmp_path / "llama")], ["--model", str(tmp_path / "qwen")]
+    names = "learning_rate", "horizon", "min_prob", "safety_tokens", "votes", "samples"
+    table = vars(settings(*qwen))
+    assert [table[name] for name in names] == [1e-5, 7, 1e-8, 50, 200, 8]
+    names_of_steps = "batch_size", "rollouts", "max_new_tokens", "epochs", "coefficient", "anchor"
+    assert [table[name] for name in names_of_steps] == [4, 8, 512, 1, 1.0, 0.0]
+    assert table["lora"] == 16 and settings().lora == 0, "the small model trains all weights"
+    table = vars(settings(*llama))
+    assert [table[name] for name in names] == [1e-6, 5, 1e-7, 50, 200, 8]
+    table = vars(settings(*llama, "--votes", "3", variant="anchored"))
+    assert [table[name] for name in names] == [1e-6, 5, 1e-3, 13, 3, 8]
+    assert list(safesteer.read_settings(["--variant", "all"])) == list(safesteer.VARIANTS)
 
 
 @pytest.mark.parametrize(("flags", "complaint"), [
-    ("--learning-rate nan", "--learning-rate nan"), ("--out {folder}/full", "is not empty"),
-    ("--variant all --kl reverse", "--variant all sets"), ("--data {folder}/no", "No such file"),
+    ("--out {folder}/full", "exists already"), ("--data {folder}/no", "No such file"),
     ("--model {folder}/data", "cannot be loaded"), ("--data {folder}/seen", "a training prompt"),
-    ("--model {folder}/adapted", "has adapters"), ("--data {folder}/tame", "0 harmful prompts"),
+    ("--model {folder}/adapted", "has adapters"), ("--data {folder}/tame", "none is refused"),
+    ("--model {folder}/part", "lacks weights"), ("--data {folder}/null", "null.harmful_test.jsonl"),
 ])
 def test_a_wrong_input_is_named_and_touches_nothing(base, tokenizer, flags, complaint):
     folder = base.parent
     copy_data(folder / "seen", harmless_test=HARMFUL)
     copy_data(folder / "tame", harmful_train=HARMLESS, harmless_train=HARMLESS)
     copy_data(folder / "full" / "base" / "safesteer")
-    shutil.copytree(base, folder / "adapted")
-    adapted(tiny(tokenizer, LlamaConfig)).save_pretrained(folder / "adapted")
+    copy_data(folder / "null")
+    (folder / "null" / "harmful_test.jsonl").write_text("null\n", "utf-8")
+    for changed in "adapted", "part":
+        shutil.copytree(base, folder / changed)
+    safesteer.make_student(tiny(tokenizer, LlamaConfig), fast()).save_pretrained(folder / "adapted")
+    weights = load_file(folder / "part" / "model.safetensors")
+    save_file(dict(list(weights.items())[1:]), folder / "part" / "model.safetensors", {"format": "pt"})
     before = {path for path in folder.rglob("*") if path.is_file()}
     flags = f"--model {base} --out {folder}/out {flags.format(folder=folder)}"
     with pytest.raises((SystemExit, ValueError, OSError), match=complaint):
@@ -460,29 +546,23 @@ def test_a_wrong_input_is_named_and_touches_nothing(base, tokenizer, flags, comp
     assert {path for path in folder.rglob("*") if path.is_file()} == before
 
 
-def test_a_student_is_saved_as_evaluated_at_each_strength_and_merged(base, tokenizer, monkeypatch):
-    evaluated, copied, evaluate = [], set(), safesteer.evaluate
+@pytest.mark.parametrize(("lora", "load"), [
+    (0, AutoModelForCausalLM.from_pretrained), (4, peft.AutoPeftModelForCausalLM.from_pretrained)])
+def test_a_student_is_saved_as_evaluated_at_each_strength(base, tokenizer, monkeypatch, lora, load):
+    evaluated, evaluate = [], safesteer.evaluate
 
     def record(model, *rest):
         evaluated.append((scores(model, tokenizer, HARMFUL), model.dtype))
-        model.get_output_embeddings().register_forward_hook(
-            lambda head, args, _: copied.add(args[0].stride(0) == args[0][0].numel()))
         return evaluate(model, *rest)
 
     monkeypatch.setattr(safesteer, "evaluate", record)
-    config = run(base, "--learning-rate", 1e-2) / "safesteer/student-safesteer/adapter_config.json"
+    folder = run(base, "--learning-rate", 1e-3, "--lora", lora) / "safesteer"
     (plain, dtype), _, (half, _), (full, _) = evaluated
     assert (half - plain).abs().max() > 1e-2 < (full - half).abs().max()
-    assert copied == {True}, "the head multiplies slices slowly"
-    load = partial(peft.AutoPeftModelForCausalLM.from_pretrained, config.parent, dtype=dtype)
-    torch.testing.assert_close(scores(load(), tokenizer, HARMFUL), full, atol=1e-4, rtol=1e-4)
-    if dtype == torch.float32:  # merging rounds to the base's dtype
-        merged = load().merge_and_unload()
-        torch.testing.assert_close(scores(merged, tokenizer, HARMFUL), full, atol=1e-4, rtol=1e-4)
-    changed = json.loads(config.read_text("utf-8"))
-    changed["lora_alpha"] *= 0.5
-    config.write_text(json.dumps(changed), "utf-8")
-    torch.testing.assert_close(scores(load(), tokenizer, HARMFUL), half, atol=1e-4, rtol=1e-4)
+    for name, expected in ("student-safesteer-x-0.5", half), ("student-safesteer", full):
+        student = load(folder / name, dtype=dtype, device_map="auto")
+        torch.testing.assert_close(
+            scores(student, tokenizer, HARMFUL), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_all_variants_get_what_they_get_alone_and_a_late_failure_loses_nothing(base, monkeypatch):
@@ -499,9 +579,9 @@ def test_all_variants_get_what_they_get_alone_and_a_late_failure_loses_nothing(b
     report = json.loads((together / "report.json").read_text("utf-8"))
     rows = ["base", "teacher", "safesteer x 0.5", "safesteer", "anchored x 0.5", "anchored"]
     assert [row["model"] for row in report["results"]] == rows
-    assert [row["shift"] for row in report["results"]][:2] == pytest.approx([0, 100])
-    lines = (together / "answers.jsonl").read_text("utf-8").splitlines()
-    assert len(lines) == 12 and {"prompt", *rows} == set(json.loads(lines[0]))
+    lines = [json.loads(x) for x in (together / "answers.jsonl").read_text("utf-8").splitlines()]
+    prompts = [x for name in safesteer.TEST_SETS for x in safesteer.spread(TESTS[name], 3)]
+    assert [line["prompt"] for line in lines] == prompts and {"prompt", *rows} == set(lines[0])
 
 
 def test_the_program_runs_on_the_real_model(tmp_path):
@@ -509,8 +589,7 @@ def test_the_program_runs_on_the_real_model(tmp_path):
     flags = "--eval-limit 2 --eval-max-new-tokens 8 --max-new-tokens 8 --batch-size 5 --samples 2"
     places = "--data", tmp_path / "data", "--out", tmp_path
     command = [sys.executable, HERE / "safesteer.py", *places, *flags.split()]
-    backend = {**os.environ, "MPLBACKEND": "module://of_a_notebook"}
-    ended = subprocess.run(command, capture_output=True, text=True, env=backend)
+    ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr[-2000:]
     out = tmp_path / "qwen2.5-coder-0.5b-instruct" / "safesteer"
     report = json.loads((out / "report.json").read_text("utf-8"))
