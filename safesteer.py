@@ -359,24 +359,25 @@ def make_student(model, settings):
 
 def train_student(model, tokenizer, direction, train, settings):
     """Stages 2 and 3: elect S, make a student and train it. Returns the student, S, the losses of
-    the steps, and what was trained: triples of a weight, its start and its end."""
+    the steps, and what was trained: triples of a weight and copies of its start and end."""
     torch.manual_seed(settings.seed)
     token_ids, _ = select_safety_tokens(model, tokenizer, direction, train["held_out"], settings)
     torch.manual_seed(settings.seed)  # again, so that stage 3 begins alike in all variants
     student = make_student(model, settings)
     weights = [weight for weight in student.parameters() if weight.requires_grad]
-    start = copy.deepcopy(weights)
+    start = [weight.detach().to("cpu", copy=True) for weight in weights]
     losses = distill(
         student, model, tokenizer, train["harmful"], direction, token_ids, settings,
         train["anchors"])
-    return student, token_ids, losses, list(zip(weights, start, copy.deepcopy(weights)))
+    end = [weight.detach().to("cpu", copy=True) for weight in weights]
+    return student, token_ids, losses, list(zip(weights, start, end, strict=True))
 
 
 def set_strength(trained, strength):
     """Move what was trained, triples of a weight, its start and its end, to start + strength *
     (end - start), rounded to its dtype: 0 is the base, and 1 the student as trained."""
     for weight, start, end in trained:
-        weight.data.copy_(torch.lerp(start.data.float(), end.data.float(), strength))
+        weight.data.copy_(torch.lerp(start.float(), end.float(), strength))
 
 
 # ===== What the stages stand on: chats, passes, sampling =====
