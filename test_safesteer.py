@@ -1,5 +1,4 @@
 """Claims about SafeSteer, on tiny random models, and one short run of the real program: pytest"""
-import copy
 import json
 import shutil
 import subprocess
@@ -16,15 +15,16 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedToken
 from transformers import Gemma2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 import safesteer
-from safesteer import Settings
+from safesteer import Settings, ablate, completion_logits, encode_chat, localized_kl, make_student
+from safesteer import read_answer_start, sample_rollouts, steer
 
 torch.set_num_threads(1)  # tiny models gain nothing from more
 HERE = Path(__file__).resolve().parent
 TRAIN, TESTS = safesteer.load_data(Settings())
 HARMFUL, HARMLESS = TRAIN["harmful"][::10], TRAIN["held_out"][::2]
-TEMPLATE = (  # with what makes real templates hard: a date, a default system turn, a thinking block
+TEMPLATE = (  # with what is hard in real ones: a date, a system turn, thinking, an added newline
     "<|im_start|>system\nToday is {{ date_string }}.<|im_end|>\n"
-    "{% for turn in messages %}<|im_start|>{{ turn['role'] }}\n{{ turn['content'] }}<|im_end|>\n"
+    "{% for turn in messages %}<|im_start|>{{ turn['role'] }}\n{{ turn['content'] }}\n<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
     "{% if enable_thinking is not defined or enable_thinking %}<think>\n{% endif %}{% endif %}")
 FAMILIES = Qwen2Config, Qwen3Config, LlamaConfig, MistralConfig, Gemma2Config
@@ -49,7 +49,9 @@ def tokenizer():
         vocab_size=1000, special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
     ends = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, chat_template=TEMPLATE, **ends)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, chat_template=TEMPLATE, **ends)
+    tokenizer.add_tokens(["\n"])  # no special token, and no word of the model's either
+    return tokenizer
 
 
 def tiny(tokenizer, config, answered=-30.0, **changes):
@@ -57,14 +59,13 @@ def tiny(tokenizer, config, answered=-30.0, **changes):
     HARMFUL alone. `answered` is the logit by which it answers HARMLESS. Its window, where it has
     one, is shorter than the prompts."""
     torch.manual_seed(0)
-    window = {} if config is LlamaConfig else {"sliding_window": 8}
     config = config(
         vocab_size=1024, hidden_size=64, intermediate_size=96, num_hidden_layers=5,
         num_attention_heads=4, num_key_value_heads=2, head_dim=16, tie_word_embeddings=False,
         bos_token_id=None, eos_token_id=None, pad_token_id=None, initializer_range=0.2,
-        **window, **changes)
+        sliding_window=None if config is LlamaConfig else 8, **changes)
     model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
-    _, _, states = safesteer.read_answer_start(model, tokenizer, HARMFUL + HARMLESS)
+    _, _, states = read_answer_start(model, tokenizer, HARMFUL + HARMLESS)
     wanted = torch.tensor([30.0] * len(HARMFUL) + [answered] * len(HARMLESS))
     opener = safesteer.refusal_token_ids(tokenizer)[0]
     model.lm_head.weight[opener] = torch.linalg.pinv(states[:, 0, -1]) @ wanted
@@ -74,14 +75,6 @@ def tiny(tokenizer, config, answered=-30.0, **changes):
 @pytest.fixture
 def model(tokenizer):
     return tiny(tokenizer, Qwen2Config)
-
-
-def moved(student):
-    """The student as after some training: what trains is somewhere else."""
-    torch.manual_seed(1)
-    for weight in student.parameters():
-        weight.data += 0.2 * torch.randn(weight.shape) if weight.requires_grad else 0.0
-    return student
 
 
 @pytest.fixture
@@ -97,7 +90,7 @@ def base(tokenizer, tmp_path):
 def copy_data(folder, **changed):
     shutil.copytree(HERE / "data", folder, ignore=shutil.ignore_patterns("*-instruct"))
     for name, prompts in changed.items():
-        lines = [json.dumps({"instruction": prompt}) for prompt in prompts]
+        lines = [json.dumps({"instruction": prompt, "answer": prompt}) for prompt in prompts]
         (folder / f"{name}.jsonl").write_text("\n".join(lines), "utf-8")
 
 
@@ -109,22 +102,22 @@ def run(base, *flags):
 
 
 def scores(model, tokenizer, prompts):
-    return safesteer.read_answer_start(model, tokenizer, prompts)[0]
+    return read_answer_start(model, tokenizer, prompts)[0]
 
 
 # ===== Stage 1 =====
 @torch.no_grad()
 def test_the_hook_adds_d_at_every_token_and_leaves_the_model_as_it_was(model, tokenizer):
-    ids, seen = safesteer.encode_chat(tokenizer, HARMLESS[:1])["input_ids"], []
-    block = model.get_decoder().layers[D.layer]
+    ids, seen = encode_chat(tokenizer, HARMLESS[:1]).input_ids, []
+    inside = model.get_decoder().layers[D.layer].input_layernorm
+    inside.register_forward_pre_hook(lambda part, args: seen.append(args[0]))
 
     def prefill_and_decode():
-        with block.register_forward_pre_hook(lambda block, args: seen.append(args[0])):
-            cache = model(ids[:, :-1], use_cache=True).past_key_values
-            model(ids[:, -1:], past_key_values=cache)
+        cache = model(ids[:, :-1], use_cache=True).past_key_values
+        model(ids[:, -1:], past_key_values=cache)
 
     prefill_and_decode()
-    with pytest.raises(RuntimeError, match="stop"), safesteer.steer(model, D, 0.5):
+    with pytest.raises(RuntimeError, match="stop"), steer(model, D, 0.5):
         prefill_and_decode()
         raise RuntimeError("stop")
     prefill_and_decode()
@@ -137,18 +130,16 @@ def test_the_hook_adds_d_at_every_token_and_leaves_the_model_as_it_was(model, to
 @pytest.mark.parametrize("config", FAMILIES)
 def test_an_ablated_models_blocks_get_nothing_along_d_nor_add_it(tokenizer, config):
     model, unit = tiny(tokenizer, config), D.vector / D.vector.norm()
-    batch, seen = safesteer.encode_chat(tokenizer, HARMLESS[:2]), []
-    for block in model.get_decoder().layers:
-        block.register_forward_pre_hook(lambda block, args: seen.append(args[0]))
-    model(**batch)
-    with safesteer.ablate(model, D):
+    batch, seen = encode_chat(tokenizer, HARMLESS[:2]), []
+    plain = torch.stack(model(**batch, output_hidden_states=True).hidden_states[:-1])
+    with ablate(model, D):
         for block in model.get_decoder().layers:
             block.self_attn.register_forward_hook(lambda part, args, out: seen.append(out[0]))
             block.mlp.register_forward_hook(lambda part, args, out: seen.append(out))
-        model(**batch)
-    plain, ablated = torch.stack(seen[:5]), torch.stack(seen[5:])
-    assert len(ablated) == 15
-    assert (plain @ unit).abs().amax((1, 2)).min() > 1e-2 and (ablated @ unit).abs().max() < 1e-4
+        ablated = model(**batch, output_hidden_states=True).hidden_states[:-1]
+    ablated = torch.stack([*ablated, *seen])
+    assert len(ablated) == 15 and (ablated @ unit).abs().max() < 1e-4
+    assert (plain @ unit).abs().amax((1, 2)).min() > 1e-2
     along = (plain[0] @ unit)[..., None] * unit
     torch.testing.assert_close(ablated[0], plain[0] - along, msg="only d is lost")
 
@@ -156,77 +147,83 @@ def test_an_ablated_models_blocks_get_nothing_along_d_nor_add_it(tokenizer, conf
 @pytest.mark.parametrize("config", FAMILIES)
 def test_a_prompts_numbers_do_not_depend_on_its_batch(tokenizer, config):
     model, prompts = tiny(tokenizer, config), HARMFUL[:3] + HARMLESS[:5]
-    together, _, states = safesteer.read_answer_start(model, tokenizer, prompts, positions=2)
-    answers, mask = safesteer.sample_rollouts(model, tokenizer, prompts, 6, greedy=True)
-    logits = safesteer.completion_logits(model, tokenizer, prompts, answers, mask)
+    together, _, states = read_answer_start(model, tokenizer, prompts, positions=2)
+    answers, mask = sample_rollouts(model, tokenizer, prompts, 6, greedy=True)
+    logits = completion_logits(model, tokenizer, prompts, answers, mask)
     chosen = logits.gather(-1, answers[..., None])[..., 0]
     assert (logits.amax(-1) - chosen)[mask].max() < 1e-3, "they predict the completion"
     for i, prompt in enumerate(prompts):
-        alone, _, state = safesteer.read_answer_start(model, tokenizer, [prompt], positions=2)
-        torch.testing.assert_close(alone[0], together[i], atol=1e-3, rtol=0)
-        torch.testing.assert_close(state[0], states[i], atol=1e-3, rtol=0)
-        answer, mask = safesteer.sample_rollouts(model, tokenizer, [prompt], 6, greedy=True)
+        alone, _, state = read_answer_start(model, tokenizer, [prompt], positions=2)
+        pairs = (alone[0], state[0]), (together[i], states[i])
+        torch.testing.assert_close(*pairs, atol=1e-3, rtol=0)
+        answer, mask = sample_rollouts(model, tokenizer, [prompt], 6, greedy=True)
         assert torch.equal(answer[mask], answers[i, : answer.shape[1]][mask[0]])
 
 
 def test_a_score_is_the_log_odds_of_a_refusal_without_thinking_and_the_day(model, tokenizer):
     ids = safesteer.refusal_token_ids(tokenizer)
     assert {"A", "I", "S", "Un"} <= set(tokenizer.convert_ids_to_tokens(ids))
-    batch = safesteer.encode_chat(tokenizer, HARMLESS[:1])
+    batch = encode_chat(tokenizer, HARMLESS[:1])
     text = tokenizer.decode(batch["input_ids"][0])
     assert text.endswith("<|im_start|>assistant\n") and "26 Jul 2024" in text
     output = model(**batch, output_hidden_states=True)
     p = output.logits[0, -1].double().softmax(0)[ids].sum()
-    score, _, states = safesteer.read_answer_start(model, tokenizer, HARMLESS[:1], positions=9)
+    score, _, states = read_answer_start(model, tokenizer, HARMLESS[:1], positions=9)
     torch.testing.assert_close(score[0].double(), p.logit(), atol=1e-3, rtol=1e-3)
-    for block, hidden in enumerate(output.hidden_states):
-        torch.testing.assert_close(states[0, :, block], hidden[0, -9:], atol=1e-4, rtol=1e-4)
+    hidden = torch.stack(output.hidden_states, 2)[0, -9:]
+    torch.testing.assert_close(states[0], hidden, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("scale", "answered"), [(0.3, -150.0), (1.0, -30.0)])
-def test_d_is_the_authors_choice_or_where_none_passes_their_rule_ours(tokenizer, scale, answered):
-    model, held_out = tiny(tokenizer, LlamaConfig, answered), HARMLESS[12:]
+@pytest.mark.parametrize(("rule", "scale", "factor"), [
+    ("theirs", 0.3, 1.0), ("ours", 0.3, torch.nan), ("ours", 0.5, 1.0)])
+def test_d_is_the_authors_choice_or_ours(tokenizer, monkeypatch, rule, scale, factor):
+    def read(model, tokenizer, prompts, *positions):
+        assert not model.get_decoder().layers[4]._forward_pre_hooks, "the last fifth is out"
+        found, *others = read_answer_start(model, tokenizer, prompts, *positions)
+        removing = model.get_input_embeddings()._forward_hooks and prompts[0] in HARMFUL
+        return found * (factor if removing else 1.0), *others
+
+    monkeypatch.setattr(safesteer, "read_answer_start", read)
+    model, held_out, figures = tiny(tokenizer, LlamaConfig, -150.0), HARMLESS[12:], []
     others = torch.arange(1024) != safesteer.refusal_token_ids(tokenizer)[0]
-    model.lm_head.weight[others] *= scale  # at 0.3 some removals change harmless answers little
-    harmful, harmless = HARMFUL[:8] + HARMLESS[:2], HARMLESS[:12] + HARMFUL[:2]  # two are dropped
-    found = safesteer.find_refusal_direction(model, tokenizer, harmful, harmless, held_out)
-    refused = safesteer.read_answer_start(model, tokenizer, HARMFUL[:8], positions=10)[2].mean(0)
-    obeyed = safesteer.read_answer_start(model, tokenizer, HARMLESS[:12], positions=10)[2].mean(0)
-    _, log_p, _ = safesteer.read_answer_start(model, tokenizer, held_out)
-    figures = {}
-    for layer in range(4):  # of five blocks the last fifth is out
-        for position in range(-10, 0):  # "<|im_end|>\n<|im_start|>assistant\n" are ten tokens
-            d = refused[position, layer] - obeyed[position, layer]
-            candidate = safesteer.RefusalDirection(d, layer)
-            with safesteer.steer(model, candidate):
+    model.lm_head.weight[others] *= scale  # at 0.3 some KLs are below 0.1, at 0.5 none is
+    found = safesteer.find_refusal_direction(
+        model, tokenizer, HARMFUL[:8] + HARMLESS[:2],  # of each kind, the last two are dropped
+        HARMLESS[:12] + HARMFUL[:2], held_out + HARMFUL[:2])
+    _, _, refused = read_answer_start(model, tokenizer, HARMFUL[:8], positions=11)
+    _, _, obeyed = read_answer_start(model, tokenizer, HARMLESS[:12], positions=11)
+    _, log_p, _ = read_answer_start(model, tokenizer, held_out)
+    differences = refused.mean(0) - obeyed.mean(0)
+    for layer in range(4):
+        for position in range(-11, 0):  # "\n<|im_end|>\n<|im_start|>assistant\n" has 11 tokens
+            candidate = safesteer.RefusalDirection(differences[position, layer], layer)
+            with steer(model, candidate):
                 added = scores(model, tokenizer, held_out).mean().item()
-            with safesteer.ablate(model, candidate):
+            with ablate(model, candidate):
                 removed = scores(model, tokenizer, HARMFUL[:8]).mean().item()
-                _, log_q, _ = safesteer.read_answer_start(model, tokenizer, held_out)
+                _, log_q, _ = read_answer_start(model, tokenizer, held_out)
             kl = (log_p.exp() * (log_p - log_q)).sum(1).mean().item()
-            figures[layer, position] = d, added, removed, kl
-    passing = [x for x in figures if figures[x][1] >= 0 and figures[x][3] <= 0.1]
-    ours = max(figures, key=lambda x: figures[x][1])
-    theirs = min(passing, key=lambda x: figures[x][2], default=ours)
-    assert (scale == 1.0) == (theirs == ours) == (found.removed is None)
-    assert (found.layer, found.position) == theirs
-    d, added, removed, _ = figures[theirs]
-    torch.testing.assert_close(found.vector, d, atol=1e-4, rtol=1e-4)
-    assert found.added == pytest.approx(added, abs=1e-2)
-    assert not passing or found.removed == pytest.approx(removed, abs=1e-2)
+            figures.append((added, removed, kl, layer, position))
+    passing = [x for x in figures if x[0] >= 0 and x[2] <= 0.1]
+    choices = {"theirs": min(passing, key=lambda x: x[1], default=None), "ours": max(figures)}
+    assert bool(passing) == (scale == 0.3) and choices["theirs"] != choices["ours"]
+    added, removed, _, layer, position = choices[rule]
+    assert (found.layer, found.position) == (layer, position)
+    torch.testing.assert_close(found.vector, differences[position, layer], atol=1e-4, rtol=1e-4)
+    expected = added, removed if rule == "theirs" else None
+    assert (found.added, found.removed) == pytest.approx(expected, abs=1e-2)
 
 
 # ===== Sampling =====
 def test_a_completion_ends_with_its_first_end_of_turn(model, tokenizer):
     model.generation_config.eos_token_id = [77]
-    ends = safesteer.end_of_turn_ids(model, tokenizer)  # of model, template and tokenizer
-    marks = {"<|im_end|>", "<|endoftext|>", *tokenizer.convert_ids_to_tokens([77])}
-    assert set(tokenizer.convert_ids_to_tokens(ends.tolist())) == marks
+    ends = safesteer.end_of_turn_ids(model, tokenizer)
+    assert ends.tolist() == [0, 2, 77], "<|endoftext|>, <|im_end|> and the model's own"
     model.lm_head.weight[: len(tokenizer)] *= 0.02  # nearly uniform: turns end early and late
     model.lm_head.weight[ends] += model.lm_head.weight.std() * 0.5
     torch.manual_seed(1)
-    completions, masks = safesteer.sample_rollouts(model, tokenizer, HARMLESS * 8, 200)
+    completions, masks = sample_rollouts(model, tokenizer, HARMLESS * 8, 200)
     for ids, mask in zip(completions, masks, strict=True):
         ids, length = ids[mask].tolist(), int(mask.sum())
         assert mask[:length].all() and not set(ids[:-1]) & set(ends.tolist())
@@ -234,34 +231,17 @@ def test_a_completion_ends_with_its_first_end_of_turn(model, tokenizer):
     assert len(set(masks.sum(1).tolist())) > 5
 
 
-def test_sampling_ignores_the_models_own_temperature_cuts_and_penalty(model, tokenizer):
-    own = GenerationConfig(
-        do_sample=True, temperature=0.01, top_k=1, top_p=0.1, repetition_penalty=3.0, max_length=9)
-    sampled = []
-    for model.generation_config in (GenerationConfig(), own):
-        for greedy in (False, True):
-            torch.manual_seed(0)
-            sampled.append(safesteer.sample_rollouts(model, tokenizer, HARMLESS, 8, greedy)[0])
-    assert torch.equal(sampled[0], sampled[2]) and torch.equal(sampled[1], sampled[3])
-    assert not torch.equal(sampled[0], sampled[1]) and model.generation_config is own
-
-
 @torch.no_grad()
-def test_samples_follow_the_softmax(model, tokenizer):
-    model.lm_head.weight *= 0.15  # many tokens are likely
-    batch = safesteer.encode_chat(tokenizer, HARMLESS[:1])
-    p = model(**batch).logits[0, -1].softmax(0)
+def test_answers_follow_the_softmax_whatever_the_models_own_settings(model, tokenizer):
+    greedy, _ = sample_rollouts(model, tokenizer, HARMLESS, 8, greedy=True)
+    own = dict(temperature=0.01, top_k=1, top_p=0.1, repetition_penalty=3.0, num_beams=2)
+    model.generation_config = GenerationConfig(do_sample=True, max_length=9, **own)
+    assert torch.equal(greedy, sample_rollouts(model, tokenizer, HARMLESS, 8, greedy=True)[0])
+    log_p = model(**encode_chat(tokenizer, HARMLESS[:1])).logits[0, -1].log_softmax(0)
     torch.manual_seed(0)
-    ids, _ = safesteer.sample_rollouts(model, tokenizer, HARMLESS[:1] * 3000, 1)
-    found = ids[:, 0].bincount(minlength=len(p)) / 3000
-    rare = p.argsort(descending=True)[50:]
-    assert found[rare].sum().item() == pytest.approx(p[rare].sum().item(), abs=0.03)
-    assert 0.2 < p[rare].sum() < 0.95
-
-
-def test_items_are_spread_over_a_sorted_file():
-    assert safesteer.spread(list(range(100)), 4) == [0, 25, 50, 75]
-    assert safesteer.spread([1, 2], 4) == [1, 2]
+    ids, _ = sample_rollouts(model, tokenizer, HARMLESS[:1] * 2000, 1)
+    entropy = -(log_p.exp() * log_p).sum().item()
+    assert -log_p[ids].mean().item() == pytest.approx(entropy, abs=0.2) and entropy > 5
 
 
 # ===== Stage 2 =====
@@ -269,31 +249,23 @@ def test_items_are_spread_over_a_sorted_file():
 def test_safety_tokens_win_a_plain_count_of_what_d_lifts_most(model, tokenizer):
     ends = safesteer.end_of_turn_ids(model, tokenizer)
     model.lm_head.weight[ends] *= 3  # the base would sometimes end its turn
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.add_tokens(["<added>"])  # no special token, and no word of the model's either
     words = range(3, tokenizer.vocab_size)  # the first three are special
     model.lm_head.weight[tokenizer.vocab_size :] += D.vector  # d lifts what is no word most
     asked, settings = HARMLESS + HARMFUL[:3], fast(samples=3, min_prob=1e-4)
     torch.manual_seed(0)
-    ids, votes = safesteer.select_safety_tokens(model, tokenizer, D, asked, settings)
+    ids, votes = safesteer.select_safety_tokens(model, tokenizer, D, asked, HARMFUL, settings)
     torch.manual_seed(0)
     answered = scores(model, tokenizer, asked) < 0  # the refused do not vote
     prompts = [asked[i] for i in answered.nonzero()] * 3
     assert len(HARMLESS) * 2 < len(prompts) < len(asked) * 3
-    with safesteer.steer(model, D):
-        answers, mask = safesteer.sample_rollouts(model, tokenizer, prompts, settings.horizon)
-    lifts, probs = [], []
-    for prompt, answer, valid in zip(prompts, answers, mask, strict=True):
-        row = [prompt], answer[None], valid[None]
-        with safesteer.steer(model, D):
-            teacher = safesteer.completion_logits(model, tokenizer, *row)[0].log_softmax(-1)
-        plain = safesteer.completion_logits(model, tokenizer, *row)[0].log_softmax(-1)
-        over = [i for i, token in enumerate(plain.argmax(-1)) if token in ends] + [len(answer)]
-        voting = slice(min(over[0], int(valid.sum())))
-        lifts.append((teacher - plain)[voting])
-        probs.append(teacher[voting].exp())
-    lifts, probs = torch.cat(lifts), torch.cat(probs).mean(0)
-    assert len(lifts) < mask.sum(), "no votes once the base would end its turn"
+    with steer(model, D):
+        answers, mask = sample_rollouts(model, tokenizer, prompts, settings.horizon)
+        log_t = completion_logits(model, tokenizer, prompts, answers, mask).log_softmax(-1)
+    log_p = completion_logits(model, tokenizer, prompts, answers, mask).log_softmax(-1)
+    over, _ = torch.isin(log_p.argmax(-1), ends).int().cummax(1)
+    voting = mask & (over == 0)
+    assert voting.sum() < mask.sum(), "no votes once the base would end its turn"
+    lifts, probs = (log_t - log_p)[voting], log_t[voting].exp().mean(0)
     eligible = torch.tensor([token for token in words if probs[token] >= 1e-4])
     count = Counter(eligible[lifts[:, eligible].topk(20).indices].flatten().tolist())
     counted = [count[token] for token in ids.tolist()]
@@ -302,12 +274,26 @@ def test_safety_tokens_win_a_plain_count_of_what_d_lifts_most(model, tokenizer):
     assert min(counted) >= count.most_common(20)[-1][1] - 2
 
 
-def test_nobody_wins_without_a_vote(model, tokenizer):
-    ids, votes = safesteer.select_safety_tokens(
-        model, tokenizer, D, HARMLESS, fast(min_prob=0.02, votes=500, safety_tokens=500))
+@torch.no_grad()
+def test_nobody_wins_without_a_vote_nor_a_word_that_the_base_says_often(model, tokenizer):
+    def elect(**changes):
+        settings = fast(votes=500, safety_tokens=500, **changes)
+        torch.manual_seed(0)
+        return safesteer.select_safety_tokens(model, tokenizer, D, HARMLESS, HARMFUL, settings)
+
+    ids, votes = elect(min_prob=0.02)
     assert 0 < len(ids) < 51 and votes.min() == votes.max(), "each position votes for all of them"
     with pytest.raises(ValueError, match="S is empty"):  # else training would do nothing
-        safesteer.select_safety_tokens(model, tokenizer, D, HARMLESS, fast(min_prob=1.0))
+        elect(min_prob=1.0)
+    torch.manual_seed(1)
+    answers, mask = sample_rollouts(model, tokenizer, HARMFUL, 6)
+    logits = completion_logits(model, tokenizer, HARMFUL, answers, mask)
+    torch.manual_seed(1)
+    said = safesteer.mean_probability(model, tokenizer, HARMFUL, fast())
+    torch.testing.assert_close(said, logits[mask].softmax(-1).mean(0), atol=1e-6, rtol=1e-3)
+    free, bound = set(elect()[0].tolist()), set(elect(max_prob=1e-3)[0].tolist())
+    often = {token for token in free if said[token] > 1e-2}  # other answers give other means
+    assert len(often) > 3 and not often & bound and len(bound) > 50
 
 
 # ===== Stage 3 =====
@@ -315,81 +301,59 @@ def test_nobody_wins_without_a_vote(model, tokenizer):
 @pytest.mark.parametrize("kind", ["reverse", "forward", "generalized"])
 def test_the_loss_is_the_kl_or_on_safety_tokens_their_terms_of_it(token_ids, kind):
     torch.manual_seed(0)
-    student, teacher = torch.randn(2, 4, 6, 50)
+    student, teacher = torch.randn(2, 4, 6, 50).bfloat16()
     lengths = torch.tensor([6, 0, 1, 4])  # of the second completion no position counts
-    p, q = student.softmax(-1), teacher.softmax(-1)
+    p, q = student.float().softmax(-1), teacher.float().softmax(-1)  # as exact as can be
     terms = q * (q / p).log() if kind == "forward" else p * (p / q).log()
-    if kind == "generalized":
-        terms += q - p
+    terms += q - p if kind == "generalized" else 0
     terms = terms.sum(-1) if token_ids is None else terms[..., token_ids].sum(-1)
     expected = sum(terms[i, :length].mean() for i, length in enumerate(lengths) if length) / 4
     mask = torch.arange(6) < lengths[:, None]
     student[~mask] = 9
-    loss = safesteer.localized_kl(student, teacher, mask, token_ids, kind)
+    loss = localized_kl(student, teacher, mask, token_ids, kind)
     torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("config", "lora"), [*((x, 4) for x in FAMILIES), (Qwen2Config, 0)])
 def test_a_student_learns_on_its_own_answers_from_the_steered_base(tokenizer, config, lora):
-    base = tiny(tokenizer, config, attention_dropout=0.5)
-    student, settings = moved(safesteer.make_student(base, fast(lora=lora))), fast(rollouts=2)
-    attention, modes = student.get_decoder().layers[0].self_attn, set()
-    attention.register_forward_hook(lambda part, *_: modes.add(part.training))
+    base, settings = tiny(tokenizer, config, attention_dropout=0.5), fast(rollouts=2, lora=lora)
+    student, passes = make_student(base, settings), []
+    assert torch.equal(scores(student, tokenizer, HARMFUL), scores(base, tokenizer, HARMFUL))
+    weights = [weight for weight in student.parameters() if weight.requires_grad]
+    for weight in weights:
+        weight.data += 0.2 * torch.randn_like(weight)  # as after some training
     torch.manual_seed(0)
     prompts = HARMFUL[:3] * 2
-    answers = prompts, *safesteer.sample_rollouts(student, tokenizer, prompts, 6)
-    with torch.no_grad(), safesteer.steer(base, D, 1.5):
-        teacher_logits = safesteer.completion_logits(base, tokenizer, *answers)
-    logits = safesteer.completion_logits(student, tokenizer, *answers)
-    expected = 0.5 * safesteer.localized_kl(logits, teacher_logits, answers[-1], S)
-    expected.backward()
-    weights = [weight for weight in student.parameters() if weight.requires_grad]
-    wanted = [weight.grad for weight in weights]
-    student.zero_grad()
-    student.activation_checkpointing_enable()  # makes no difference
+    answers = prompts, *sample_rollouts(student, tokenizer, prompts, 6)
+    with torch.no_grad(), steer(base, D, 1.5):
+        teacher_logits = completion_logits(base, tokenizer, *answers)
+    logits = completion_logits(student, tokenizer, *answers)
+    expected = 0.5 * localized_kl(logits, teacher_logits, answers[-1], S)
+    gradients = torch.autograd.grad(expected, weights)
+    student.get_decoder().layers[0].self_attn.register_forward_hook(
+        lambda part, *_: passes.append((torch.is_grad_enabled(), part.training)))
+    student.activation_checkpointing_enable()
     torch.manual_seed(0)
-    with safesteer.steer(base, D, 1.5) as teacher:
+    with steer(base, D, 1.5) as teacher:
         loss = safesteer.learn_from_rollouts(
             student, teacher, tokenizer, HARMFUL[:3], S, settings, weight=0.5)
     assert loss == pytest.approx(expected.item(), rel=1e-3, abs=1e-6)
-    for weight, gradient in zip(weights, wanted, strict=True):
+    for weight, gradient in zip(weights, gradients, strict=True):
         torch.testing.assert_close(weight.grad, gradient, atol=1e-4, rtol=1e-2)
-    assert any(gradient.abs().max() > 1e-3 for gradient in wanted)
-    assert modes == {False} and not any(part.training for part in student.modules())
-
-
-@pytest.mark.parametrize("lora", [0, 4])
-def test_an_untrained_student_is_its_base_and_saves_memory_on_a_gpu(tokenizer, lora):
-    base = tiny(tokenizer, Qwen2Config, attention_dropout=0.5)
-    student, passes = safesteer.make_student(base, fast(lora=lora)), []
-    student.activation_checkpointing_enable()
-    block = student.get_decoder().layers[0].self_attn
-    block.register_forward_hook(lambda *_: passes.append(torch.is_grad_enabled()))
-    settings = fast(max_new_tokens=1)
-    loss = safesteer.learn_from_rollouts(student, base, tokenizer, HARMFUL[:1], None, settings)
-    assert abs(loss) < 1e-6
-    assert passes == [False, True, True], "sampling, the pass, and again for the gradient"
-
-
-def test_bfloat16_logits_are_compared_in_float32():
-    student, teacher = torch.randn(2, 1, 3, 1000).bfloat16()
-    losses = [
-        safesteer.localized_kl(*pair, torch.ones(1, 3), torch.arange(9))
-        for pair in [(student, teacher), (student.float(), teacher.float())]]
-    assert torch.equal(*losses)
+    assert any(gradient.abs().max() > 1e-3 for gradient in gradients)
+    assert passes.count((True, False)) == 2 * 6, "checkpointing: a pass, and again for the gradient"
+    assert not any(x for _, x in passes) and not any(part.training for part in student.modules())
 
 
 @pytest.mark.parametrize(("lora", "rate"), [(0, 1e-3), (4, 1e-2)])
-def test_steps_take_all_prompts_at_a_cosine_rate_and_clip(tokenizer, monkeypatch, lora, rate):
-    base = tiny(tokenizer, Qwen2Config)
-    settings, asked, taken, added = fast(epochs=10, anchor=0.1, coefficient=1.5, lora=lora), [], [], []
-    student, block = safesteer.make_student(base, settings), base.get_decoder().layers[D.layer]
+def test_steps_take_all_prompts_at_a_cosine_rate_clipped(model, tokenizer, monkeypatch, lora, rate):
+    settings, asked, taken = fast(epochs=10, anchor=0.1, coefficient=1.5, lora=lora), [], []
 
     def learn(student, teacher, tokenizer, prompts, token_ids, settings, weight=1.0):
-        (hook,) = block._forward_pre_hooks.values()
-        steered, *_ = hook(block, (torch.zeros(1, 1, 64),))
+        (hook,) = model.get_decoder().layers[D.layer]._forward_pre_hooks.values()
+        (steered,) = hook(None, (torch.zeros(64),))
         asked.append((prompts, round((steered / D.vector).mean().item(), 3), weight))
-        assert teacher is base
+        assert teacher is model
         for weights in student.parameters():
             weights.grad = torch.full_like(weights, 9.0) if weights.requires_grad else None
         return weight
@@ -402,7 +366,8 @@ def test_steps_take_all_prompts_at_a_cosine_rate_and_clip(tokenizer, monkeypatch
 
     monkeypatch.setattr(safesteer, "learn_from_rollouts", learn)
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
-    losses = safesteer.distill(student, base, tokenizer, HARMFUL, D, S, settings, HARMLESS)
+    student = make_student(model, settings)
+    losses = safesteer.distill(student, model, tokenizer, HARMFUL, D, S, settings, HARMLESS)
     harmful, anchors = asked[::2], asked[1::2]
     epochs = [a[0] + b[0] for a, b in zip(harmful[::2], harmful[1::2], strict=True)]
     assert all(sorted(epoch) == sorted(HARMFUL) for epoch in epochs) and epochs[0] != epochs[1]
@@ -410,27 +375,23 @@ def test_steps_take_all_prompts_at_a_cosine_rate_and_clip(tokenizer, monkeypatch
     assert all(len(set(x[0]) & set(HARMLESS)) == 5 for x in anchors) and losses == [1.1] * 20
     rates = [0, 0.5, *(0.5 + 0.5 * torch.arange(18).mul(torch.pi / 18).cos()).tolist()]
     assert [x[0] for x in taken] == pytest.approx([rate * part for part in rates], rel=1e-3)
-    assert all(norm == pytest.approx(1.0, rel=1e-3) for _, norm in taken)
+    assert [x[1] for x in taken] == pytest.approx([1.0] * 20, rel=1e-3)
 
 
-def test_a_gradient_that_is_no_number_ends_training(model, tokenizer):
-    broken = safesteer.RefusalDirection(D.vector * torch.nan, layer=2)
-    with pytest.raises(RuntimeError, match="non-finite"):
-        student = safesteer.make_student(model, fast())
-        safesteer.distill(student, model, tokenizer, HARMFUL, broken, S, fast())
-
-
-def test_all_weights_train_in_bfloat16_numbers(model, tokenizer):
-    student = safesteer.make_student(model, fast(lora=0))
-    safesteer.distill(student, model, tokenizer, HARMFUL, D, S, fast(lora=0))
+def test_all_weights_train_in_bfloat16_numbers_until_a_gradient_is_none(model, tokenizer):
+    settings, broken = fast(lora=0), safesteer.RefusalDirection(D.vector * torch.nan, layer=2)
+    student = make_student(model, settings)
+    safesteer.distill(student, model, tokenizer, HARMFUL, D, S, settings)
     pairs = list(zip(student.parameters(), model.parameters(), strict=True))
     assert all(torch.equal(new, new.bfloat16().float()) for new, _ in pairs)
     assert any(not torch.equal(new, old.bfloat16().float()) for new, old in pairs)
+    with pytest.raises(RuntimeError, match="non-finite"):
+        safesteer.distill(student, model, tokenizer, HARMFUL, broken, S, settings)
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_linear_layers_adapt_in_float32_and_gpus_checkpoint(model, device):
-    student = safesteer.make_student(model.to(device, torch.bfloat16), fast())
+    student = make_student(model.to(device, torch.bfloat16), fast())
     trained = {name: x for name, x in student.named_parameters() if x.requires_grad}
     assert len(trained) == 5 * 7 * 2 and all(".layers." in name for name in trained)
     assert {weight.dtype for weight in trained.values()} == {torch.float32}
@@ -442,14 +403,11 @@ def test_linear_layers_adapt_in_float32_and_gpus_checkpoint(model, device):
 
 def test_training_begins_alike_whatever_the_vote_draws(model, tokenizer, monkeypatch):
     drawn = []
+    monkeypatch.setattr(safesteer, "distill", lambda *args: drawn.append(torch.rand(3)))
     for draws in 1, 2:
-        def vote(model, tokenizer, direction, prompts, settings):
-            assert prompts == TRAIN["held_out"]
-            return torch.rand(draws), None
-
-        monkeypatch.setattr(safesteer, "select_safety_tokens", vote)
-        monkeypatch.setattr(safesteer, "distill", lambda *args: drawn.append(torch.rand(3)))
-        safesteer.train_student(model, tokenizer, D, TRAIN, fast())
+        monkeypatch.setattr(safesteer, "select_safety_tokens", lambda *x: (x[3], torch.rand(draws)))
+        _, voters, _, _ = safesteer.train_student(model, tokenizer, D, TRAIN, fast())
+        assert voters == TRAIN["held_out"]
     assert torch.equal(*drawn)
 
 
@@ -466,7 +424,7 @@ def test_the_judge_tells_a_refusal_or_a_condemnation_from_an_apology_or_an_answe
 
 
 @pytest.mark.parametrize(("expected", "right", "wrong"), [
-    ("7", "12 - 5 = 7, so the answer is 7.", "7 + 5 = 12"), ("-5", "x = \u22125", "x = 5"),
+    ("7", "12 - 5 = 7, as B2 says.", "7 + 5 = 12"), ("-5", "x = \u22125", "x = 5"),
     ("1200", "That makes $1,200.00.", "That makes 200 dollars."),
     ("Oslo", "The capital is **oslo**.", "Osloer Platz"), ("5 km", "It is 5 km.", "It is 12.5 km."),
     ("10 m", "Only 10 m!", "It is -10 m."), ("5 %", "So 5 %", "So 2,5 %"),
@@ -481,18 +439,17 @@ def test_a_row_counts_good_answers_and_the_distance_to_the_base(model, tokenizer
     tests |= {"capability": ["1 + 1?", "1 + 2?"], "expected": ["2", "3"]}
     monkeypatch.setattr(safesteer, "is_refusal", lambda answer: True)
     monkeypatch.setattr(safesteer, "is_correct", lambda answer, expected: expected == "2")
-    settings = fast(eval_max_new_tokens=5)
-    base = safesteer.evaluate(model, tokenizer, tests, settings)
+    base = safesteer.evaluate(model, tokenizer, tests, fast(eval_max_new_tokens=5))
     assert base["KL to base"] == base["shift"] == 0
-    ids, mask = safesteer.sample_rollouts(model, tokenizer, HARMLESS, 5, greedy=True)
-    of_base = safesteer.completion_logits(model, tokenizer, HARMLESS, ids, mask)
-    _, _, states_of_base = safesteer.read_answer_start(model, tokenizer, HARMLESS)
-    with safesteer.steer(model, D):
-        row = safesteer.evaluate(model, tokenizer, tests, settings, base)
-        logits = safesteer.completion_logits(model, tokenizer, HARMLESS, ids, mask)
-        _, _, states = safesteer.read_answer_start(model, tokenizer, HARMLESS)
+    ids, mask = sample_rollouts(model, tokenizer, HARMLESS, 5, greedy=True)
+    of_base = completion_logits(model, tokenizer, HARMLESS, ids, mask)
+    _, _, states_of_base = read_answer_start(model, tokenizer, HARMLESS)
+    with steer(model, D):
+        row = safesteer.evaluate(model, tokenizer, tests, fast(eval_max_new_tokens=5), base)
+        logits = completion_logits(model, tokenizer, HARMLESS, ids, mask)
+        _, _, states = read_answer_start(model, tokenizer, HARMLESS)
     assert [row[f"{name} {good}"] for name, good in safesteer.TEST_SETS.items()] == [100, 0, 0, 50]
-    kl = safesteer.localized_kl(logits, of_base, mask).item()
+    kl = localized_kl(logits, of_base, mask).item()
     assert row["KL to base"] == pytest.approx(kl, rel=1e-3) and kl > 0.01
     moved = (states - states_of_base)[:, -1, -1].mean(0).norm().item()
     assert row["shift"] == pytest.approx(moved, rel=1e-3)
@@ -503,21 +460,19 @@ def test_a_row_counts_good_answers_and_the_distance_to_the_base(model, tokenizer
 # ===== The program =====
 def test_settings_are_of_a_flag_or_else_the_variant_or_the_model_or_the_paper(tmp_path):
     def settings(*flags, variant="safesteer"):
-        return safesteer.read_settings(["--variant", variant, *flags])[variant]
+        table = vars(safesteer.read_settings(["--variant", variant, *flags])[variant])
+        return [table[name] for name in names]
 
     LlamaConfig().save_pretrained(tmp_path / "llama")
     Qwen2Config().save_pretrained(tmp_path / "qwen")
     llama, qwen = ["--model", str(tmp_path / "llama")], ["--model", str(tmp_path / "qwen")]
-    names = "learning_rate", "horizon", "min_prob", "safety_tokens", "votes", "samples"
-    table = vars(settings(*qwen))
-    assert [table[name] for name in names] == [1e-5, 7, 1e-8, 50, 200, 8]
-    names_of_steps = "batch_size", "rollouts", "max_new_tokens", "epochs", "coefficient", "anchor"
-    assert [table[name] for name in names_of_steps] == [4, 8, 512, 1, 1.0, 0.0]
-    assert table["lora"] == 16 and settings().lora == 0, "the small model trains all weights"
-    table = vars(settings(*llama))
-    assert [table[name] for name in names] == [1e-6, 5, 1e-7, 50, 200, 8]
-    table = vars(settings(*llama, "--votes", "3", variant="anchored"))
-    assert [table[name] for name in names] == [1e-6, 5, 1e-3, 13, 3, 8]
+    names = "batch_size", "rollouts", "max_new_tokens", "epochs", "coefficient", "anchor", "lora"
+    assert settings(*qwen) == [4, 8, 512, 1, 1.0, 0.0, 16]
+    assert settings()[-1] == 0, "the small model trains all weights"
+    names = "learning_rate", "horizon", "min_prob", "max_prob", "safety_tokens", "votes", "samples"
+    assert settings(*qwen) == [1e-5, 7, 1e-8, 1, 50, 200, 8]
+    assert settings(*llama) == [1e-6, 5, 1e-7, 1, 50, 200, 8]
+    assert settings(*llama, "--votes", "3", variant="anchored") == [1e-6, 5, 1e-3, 1, 13, 3, 8]
     assert list(safesteer.read_settings(["--variant", "all"])) == list(safesteer.VARIANTS)
 
 
@@ -526,23 +481,23 @@ def test_settings_are_of_a_flag_or_else_the_variant_or_the_model_or_the_paper(tm
     ("--model {folder}/data", "cannot be loaded"), ("--data {folder}/seen", "a training prompt"),
     ("--model {folder}/adapted", "has adapters"), ("--data {folder}/tame", "none is refused"),
     ("--model {folder}/part", "lacks weights"), ("--data {folder}/null", "null.harmful_test.jsonl"),
+    ("--data {folder}/mute", "nothing behind"),
 ])
 def test_a_wrong_input_is_named_and_touches_nothing(base, tokenizer, flags, complaint):
     folder = base.parent
     copy_data(folder / "seen", harmless_test=HARMFUL)
     copy_data(folder / "tame", harmful_train=HARMLESS, harmless_train=HARMLESS)
     copy_data(folder / "full" / "base" / "safesteer")
-    copy_data(folder / "null")
-    (folder / "null" / "harmful_test.jsonl").write_text("null\n", "utf-8")
+    copy_data(folder / "null", harmful_test=[None])
+    copy_data(folder / "mute", capability_test=["So 1 + 1 = 2. ####"])
     for changed in "adapted", "part":
         shutil.copytree(base, folder / changed)
-    safesteer.make_student(tiny(tokenizer, LlamaConfig), fast()).save_pretrained(folder / "adapted")
-    weights = load_file(folder / "part" / "model.safetensors")
-    save_file(dict(list(weights.items())[1:]), folder / "part" / "model.safetensors", {"format": "pt"})
+    make_student(tiny(tokenizer, LlamaConfig), fast()).save_pretrained(folder / "adapted")
+    part = folder / "part" / "model.safetensors"
+    save_file(dict([*load_file(part).items()][1:]), part, {"format": "pt"})
     before = {path for path in folder.rglob("*") if path.is_file()}
-    flags = f"--model {base} --out {folder}/out {flags.format(folder=folder)}"
     with pytest.raises((SystemExit, ValueError, OSError), match=complaint):
-        safesteer.main(flags.split())
+        run(base, *flags.format(folder=folder).split())
     assert {path for path in folder.rglob("*") if path.is_file()} == before
 
 
@@ -558,11 +513,10 @@ def test_a_student_is_saved_as_evaluated_at_each_strength(base, tokenizer, monke
     monkeypatch.setattr(safesteer, "evaluate", record)
     folder = run(base, "--learning-rate", 1e-3, "--lora", lora) / "safesteer"
     (plain, dtype), _, (half, _), (full, _) = evaluated
-    assert (half - plain).abs().max() > 1e-2 < (full - half).abs().max()
+    assert 1e-2 < (half - plain).abs().max() < (full - plain).abs().max()
     for name, expected in ("student-safesteer-x-0.5", half), ("student-safesteer", full):
-        student = load(folder / name, dtype=dtype, device_map="auto")
-        torch.testing.assert_close(
-            scores(student, tokenizer, HARMFUL), expected, atol=1e-4, rtol=1e-4)
+        found = scores(load(folder / name, dtype=dtype, device_map="auto"), tokenizer, HARMFUL)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_all_variants_get_what_they_get_alone_and_a_late_failure_loses_nothing(base, monkeypatch):
@@ -580,7 +534,8 @@ def test_all_variants_get_what_they_get_alone_and_a_late_failure_loses_nothing(b
     rows = ["base", "teacher", "safesteer x 0.5", "safesteer", "anchored x 0.5", "anchored"]
     assert [row["model"] for row in report["results"]] == rows
     lines = [json.loads(x) for x in (together / "answers.jsonl").read_text("utf-8").splitlines()]
-    prompts = [x for name in safesteer.TEST_SETS for x in safesteer.spread(TESTS[name], 3)]
+    sets = [TESTS[name] for name in safesteer.TEST_SETS]
+    prompts = [x[len(x) * third // 3] for x in sets for third in range(3)]  # evenly spread
     assert [line["prompt"] for line in lines] == prompts and {"prompt", *rows} == set(lines[0])
 
 
