@@ -275,7 +275,7 @@ def test_safety_tokens_win_a_plain_count_of_what_d_lifts_most(model, tokenizer):
 
 
 @torch.no_grad()
-def test_nobody_wins_without_a_vote_nor_a_word_that_the_base_says_often(model, tokenizer):
+def test_nobody_wins_without_a_vote_nor_what_the_base_says_often(model, tokenizer, monkeypatch):
     def elect(**changes):
         settings = fast(votes=500, safety_tokens=500, **changes)
         torch.manual_seed(0)
@@ -291,9 +291,9 @@ def test_nobody_wins_without_a_vote_nor_a_word_that_the_base_says_often(model, t
     torch.manual_seed(1)
     said = safesteer.mean_probability(model, tokenizer, HARMFUL, fast())
     torch.testing.assert_close(said, logits[mask].softmax(-1).mean(0), atol=1e-6, rtol=1e-3)
-    free, bound = set(elect()[0].tolist()), set(elect(max_prob=1e-3)[0].tolist())
-    often = {token for token in free if said[token] > 1e-2}  # other answers give other means
-    assert len(often) > 3 and not often & bound and len(bound) > 50
+    monkeypatch.setattr(safesteer, "mean_probability", lambda *args: said)
+    (free, _), (bound, _) = elect(), elect(max_prob=1e-4)
+    assert (said[free] > 1e-4).sum() > 5 and len(bound) > 50 and said[bound].max() <= 1e-4
 
 
 # ===== Stage 3 =====
