@@ -530,7 +530,7 @@ VARIANTS = {
     "forward-kl": dict(kl="forward"),  # an ablation: KL(pi_t || pi_s) instead of KL(pi_s || pi_t)
 }
 SMALL_MODEL_SETTINGS = dict(  # ours (departure 8): this model runs on a CPU
-    lora=0, max_prob=3e-5, rollouts=1, max_new_tokens=64, eval_max_new_tokens=20)
+    lora=0, max_prob=3e-5, rollouts=2, max_new_tokens=64, eval_max_new_tokens=20)
 LLAMA_SETTINGS = dict(learning_rate=1e-6, horizon=5, min_prob=1e-7)  # the paper's
 
 
