@@ -11,7 +11,7 @@ The method (arXiv 2606.02530) needs no stronger model, since the model is its ow
    position votes for the tokens that d lifts most. The most voted are the safety tokens S.
 3. Localized on-policy distillation: `distill`, `learn_from_rollouts`, `localized_kl`. The student
    pi_s, at first pi_0, answers harmful prompts, and learns by a reverse KL to pi_t over S only.
-Departures from the paper are numbered. The README lists them all.
+Departures from the paper are numbered as in the README, which lists them all.
 """
 import copy
 import json
@@ -39,8 +39,8 @@ SMALL_MODEL = "qwen2.5-coder-0.5b-instruct"
 
 @dataclass
 class Settings:
-    """Every setting is a flag, such as --learning-rate. Defaults are the paper's for Qwen, where it
-    has one. `read_settings` makes settings, since a model or a variant changes some."""
+    """Every setting is a flag, such as --learning-rate. Defaults are the paper's for Qwen, but for
+    departures. `read_settings` fills them in, as a model or a variant changes some."""
     model: str = HfArg(default=str(DATA / SMALL_MODEL), help="hub id or folder")
     data: str = HfArg(default=str(DATA), help="folder with all prompt files, named as in data/")
     split: Literal["test", "validation"] = HfArg(default="test", help="prompts to evaluate on")
@@ -53,10 +53,10 @@ class Settings:
     votes: int = HfArg(default=200, help="K', tokens that a position votes for")
     samples: int = HfArg(default=8, help="N, answers of the teacher to a prompt")
     horizon: int = HfArg(default=7, help="H, tokens of such an answer at most")
-    min_prob: float = HfArg(default=1e-8, help="mean probability that a token of S needs")
-    max_prob: float = HfArg(default=1.0, help="that it may have in answers of the base; 1: any")
+    min_prob: float = HfArg(default=1e-8, help="least mean probability of a token of S in the vote")
+    max_prob: float = HfArg(default=1.0, help="its largest in the base's own answers; 1: any")
     # Stage 3: distillation
-    lora: int = HfArg(default=16, help="rank of adapters that are trained; 0: all weights are")
+    lora: int = HfArg(default=16, help="rank of the adapters to train; 0: train all weights")
     learning_rate: float = HfArg(default=1e-5, help="peak rate; adapters take ten times as much")
     kl: Literal["reverse", "forward", "generalized"] = HfArg(default="reverse", help="kind of loss")
     coefficient: float = HfArg(default=1.0, help="factor of d in the teacher of harmful prompts")
@@ -67,7 +67,7 @@ class Settings:
     max_new_tokens: int = HfArg(default=512, help="tokens of such an answer at most")
     # Evaluation
     strengths: list[float] = HfArg(
-        default_factory=lambda: [0.5, 1.0], help="students between the base, 0, and the trained, 1")
+        default_factory=lambda: [0.5, 1.0], help="students to evaluate; 0: base, 1: trained")
     eval_limit: int = HfArg(default=100, help="prompts of each test set at most")
     eval_max_new_tokens: int = HfArg(default=32, help="tokens of a judged answer at most")
 
@@ -80,7 +80,7 @@ class RefusalDirection:
     layer: int  # the block whose input it was read from, and is added to
     position: int = -1  # the token of a rendered prompt it was read at, counted from the end
     added: float | None = None  # mean refusal score of harmless prompts while d is added
-    removed: float | None = None  # that of harmful ones while d is removed; None: d is ruled out
+    removed: float | None = None  # that of harmful ones while d is removed; None: d is unfit
 
 
 @contextmanager
@@ -91,7 +91,7 @@ def steer(model, direction, coefficient=1.0):
         return (args[0] + coefficient * direction.vector.to(args[0]), *args[1:])
 
     block = model.get_decoder().layers[direction.layer]
-    # Compiled code would pass the hook by, so nothing is compiled here.
+    # Code that transformers compiles, to decode faster, would skip the hook: none is compiled here.
     with torch.compiler.set_stance("force_eager"), block.register_forward_pre_hook(add_direction):
         yield model
 
@@ -103,7 +103,7 @@ def ablate(model, direction):
     def remove_d(part, args, output):
         hidden = output[0] if isinstance(output, tuple) else output  # [n, seq, d_model]
         unit = (direction.vector / direction.vector.norm()).to(hidden)
-        if hidden.shape[-1] == len(unit):  # a mixture's router returns another width
+        if hidden.shape[-1] == len(unit):  # the router of a mixture of experts has another width
             hidden -= (hidden @ unit)[..., None] * unit  # in place: the output is changed
 
     parts = [model.get_input_embeddings()]
@@ -118,7 +118,7 @@ def ablate(model, direction):
 
 def refusal_token_ids(tokenizer):
     """R, the tokens that open a refusal, "I" among them: [r] int64. Departure 2: the authors list
-    ids for each family. We tokenize openers behind a prompt, with a blank and without."""
+    ids for each family. We tokenize openers behind a prompt, with a space and without."""
     openers = "I'm sorry", "I cannot", "Sorry", "As an AI", "Unfortunately"
     prompt = render_chat(tokenizer, "Hello")
     texts = [prompt, *(prompt + blank + opener for blank in ("", " ") for opener in openers)]
@@ -155,8 +155,9 @@ def keep_prompts(model, tokenizer, prompts, refused):
     if scores.isnan().any() or not wanted.any():
         kind, needed = ("harmful", "refused") if refused else ("harmless", "answered")
         raise ValueError(
-            f"Of {len(scores)} {kind} prompts, none is {needed}, by the first token of an answer, "
-            f"mostly {tokenizer.decode(log_probs.argmax(1).mode().values)!r}.")
+            f"Of {len(scores)} {kind} prompts, {wanted.sum()} are {needed}, with a NaN score for "
+            f"{scores.isnan().sum()}. The most frequent first token of an answer is "
+            f"{tokenizer.decode(log_probs.argmax(1).mode().values)!r}.")
     return [prompt for prompt, kept in zip(prompts, wanted, strict=True) if kept]
 
 
@@ -219,7 +220,8 @@ def select_safety_tokens(model, tokenizer, direction, held_out_harmless, harmful
     base_logits = completion_logits(model, tokenizer, voters, completions, mask)
     with steer(model, direction):
         teacher_logits = completion_logits(model, tokenizer, voters, completions, mask)
-    # Where the base would end its turn, any word has a large lift: from there on no position votes.
+    # Also departure 5: where the base would end its turn, every word is improbable to it, so any
+    # has a large lift. From there on, no position votes.
     would_end = torch.isin(base_logits.argmax(-1), end_of_turn_ids(model, tokenizer))
     valid = mask & (would_end.cumsum(1) == 0)
     log_t = teacher_logits[valid].float().log_softmax(-1)  # [positions, vocab]
@@ -230,15 +232,15 @@ def select_safety_tokens(model, tokenizer, direction, held_out_harmless, harmful
     may_win = log_t.exp().mean(0) >= settings.min_prob  # [vocab]
     may_win &= torch.tensor([token in words for token in range(len(may_win))]).to(may_win.device)
     if settings.max_prob < 1:
-        # Departure 10: the base says it seldom when it answers harmful prompts. A word that it says
-        # often, such as " request" in its refusals, the loss would mostly push down.
+        # Departure 10: ... and the base seldom says it on harmful prompts. A frequent word, such as
+        # " request" in the base's refusals, would mostly be pushed down by the loss.
         may_win &= mean_probability(model, tokenizer, harmful, settings) <= settings.max_prob
     lifts[:, ~may_win] = -math.inf
     # Each position votes for the K' tokens with the largest lift, and the votes are counted.
     chosen = lifts.topk(min(settings.votes, int(may_win.sum()))).indices
     votes, ids = chosen.flatten().bincount(minlength=len(may_win)).topk(settings.safety_tokens)
     if votes[0] == 0:
-        raise ValueError(f"No token is said with a probability of {settings.min_prob}: S is empty.")
+        raise ValueError(f"S is empty: none has min_prob {settings.min_prob}, max_prob {settings.max_prob}.")
     return ids[votes > 0], votes[votes > 0]  # nobody wins without a vote
 
 
@@ -307,7 +309,7 @@ def distill(student, base, tokenizer, harmful, direction, token_ids, settings, a
     harmful, anchors = list(harmful), list(anchors)
     order = torch.cat([torch.randperm(len(harmful)) for _ in range(settings.epochs)])
     steps, losses = order.split(settings.batch_size), []
-    # The warm-up begins at a rate of 0. A run of one step would learn nothing in it, and has none.
+    # The warm-up begins at a rate of 0, so a run of a single step has none.
     warm_up = math.ceil(0.1 * (len(steps) - 1))
     schedule = transformers.get_cosine_schedule_with_warmup(optimizer, warm_up, len(steps))
     for indices in tqdm(steps, "stage 3: distillation"):
@@ -315,8 +317,8 @@ def distill(student, base, tokenizer, harmful, direction, token_ids, settings, a
         with steer(base, direction, settings.coefficient) as teacher:
             loss = learn_from_rollouts(student, teacher, tokenizer, prompts, token_ids, settings)
         if settings.anchor:
-            # Departure 9: as many `anchors`, harmless prompts, join. Their teacher is steered away
-            # from refusing. The plain base would only hold the student where it starts.
+            # Departure 9: as many harmless `anchors` join. Their teacher is the base minus d, which
+            # refuses less. The plain base would only hold the student where it starts.
             prompts = [anchors[i] for i in torch.randperm(len(anchors))[: len(indices)]]
             with steer(base, direction, -1.0) as teacher:
                 loss += learn_from_rollouts(
@@ -380,8 +382,8 @@ def spread(items, most):
 
 
 def render_chat(tokenizer, prompt, answer=None):
-    """A prompt in the model's chat template, a str. It ends where an answer begins, or with the
-    `answer` if one is given. Thinking is off. Llama 3's date is fixed, so that numbers repeat."""
+    """A prompt in the model's chat template, a str. It ends where an answer begins, or behind the
+    turn of the `answer`. Thinking is off. Llama 3's date is fixed, so that numbers repeat."""
     turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
     return tokenizer.apply_chat_template(
         turns if answer else turns[:1], add_generation_prompt=not answer, tokenize=False,
@@ -523,7 +525,7 @@ def evaluate(model, tokenizer, tests, settings, base=None):
 # A setting is what its flag says, or else the variant, or else the model, or else `Settings`.
 VARIANTS = {
     "safesteer": {},  # the paper's method
-    "anchored": dict(  # ours (departure 9), chosen as a whole for the small model
+    "anchored": dict(  # ours (departure 9), tuned on the small model only
         anchor=0.07, coefficient=1.5, kl="generalized", safety_tokens=13, votes=20, min_prob=1e-3,
         max_prob=1.0, lora=16, max_new_tokens=2, epochs=3, rollouts=1),
     "all-tokens": dict(safety_tokens=0),  # an ablation: S is the whole vocabulary
@@ -569,8 +571,8 @@ def load_data(settings):
             raise ValueError(f"{path} has no line, or one with an empty {column!r}.")
         return spread(texts, most)
 
-    # Departure 4: the paper computes d from other harmful prompts than it trains on. Its numbers of
-    # prompts, 128 of a kind and 32 held out, are the most that we take.
+    # Departure 4: d comes from the harmful prompts that we train on. The paper takes others. Its
+    # numbers of prompts, 128 of a kind and 32 held out, are the most that we take.
     harmless, borderline = load("harmless_train", 160), load("borderline_train", 128)
     train = {"harmful": load("harmful_train", 128), "held_out": harmless[::5]}
     train["harmless"] = [x for x in harmless if x not in train["held_out"]]  # none is in both
@@ -579,7 +581,7 @@ def load_data(settings):
     if seen := set().union(*train.values()) & set().union(*tests.values()):
         raise ValueError(f"A test prompt is also a training prompt: {min(seen)}")
     gold = load(f"capability_{settings.split}", column="answer")
-    tests["expected"] = [text.rpartition("####")[2].strip(" .") for text in gold]  # as in GSM8K
+    tests["expected"] = [x.rpartition("####")[2].strip().rstrip(".") for x in gold]  # GSM8K's mark
     if "" in tests["expected"]:
         raise ValueError("A capability answer has nothing behind its last ####.")
     return train, tests
@@ -590,7 +592,7 @@ def load_model(name):
     else in float32, as bfloat16 is 6 to 50 times slower there. Raises ValueError if it is unfit."""
     if Path(name).resolve() == DATA / SMALL_MODEL and not Path(name).exists():
         runpy.run_path(str(DATA / "prepare.py"), run_name="__main__")
-    name = str(Path(name).resolve()) if Path(name).exists() else name  # adapters are saved with it
+    name = str(Path(name).resolve()) if Path(name).exists() else name  # adapters store it
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     fast = any(torch.cpu.get_capabilities().get(x) for x in ("avx512_bf16", "amx_bf16", "bf16"))
     if accelerator:
@@ -608,8 +610,8 @@ def load_model(name):
         raise ValueError(f"{name} has adapters already: merge them first, see the README.")
     if {x.device.type for x in model.parameters()} != {accelerator.type if accelerator else "cpu"}:
         raise ValueError(f"{name} is too large: a part of it would run from the CPU or the disk.")
-    # The head gets the states of the last tokens as a slice. On a CPU, PyTorch multiplies a slice far
-    # slower than its copy, and in much more memory. So this hook hands the head a copy.
+    # The head gets the states of the last tokens as a slice. On a CPU, PyTorch multiplies a slice
+    # far slower than its copy, and in much more memory. So this hook hands the head a copy.
     model.get_output_embeddings().register_forward_pre_hook(
         lambda head, args: (args[0].clone(memory_format=torch.contiguous_format),))
     return model.requires_grad_(False), tokenizer

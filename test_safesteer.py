@@ -479,7 +479,7 @@ def test_settings_are_of_a_flag_or_else_the_variant_or_the_model_or_the_paper(tm
 @pytest.mark.parametrize(("flags", "complaint"), [
     ("--out {folder}/full", "exists already"), ("--data {folder}/no", "No such file"),
     ("--model {folder}/data", "cannot be loaded"), ("--data {folder}/seen", "a training prompt"),
-    ("--model {folder}/adapted", "has adapters"), ("--data {folder}/tame", "none is refused"),
+    ("--model {folder}/adapted", "has adapters"), ("--data {folder}/tame", "0 are refused"),
     ("--model {folder}/part", "lacks weights"), ("--data {folder}/null", "null.harmful_test.jsonl"),
     ("--data {folder}/mute", "nothing behind"),
 ])
@@ -504,16 +504,19 @@ def test_a_wrong_input_is_named_and_touches_nothing(base, tokenizer, flags, comp
 @pytest.mark.parametrize(("lora", "load"), [
     (0, AutoModelForCausalLM.from_pretrained), (4, peft.AutoPeftModelForCausalLM.from_pretrained)])
 def test_a_student_is_saved_as_evaluated_at_each_strength(base, tokenizer, monkeypatch, lora, load):
-    evaluated, evaluate = [], safesteer.evaluate
+    evaluated, copied, evaluate = [], set(), safesteer.evaluate
 
     def record(model, *rest):
         evaluated.append((scores(model, tokenizer, HARMFUL), model.dtype))
+        model.get_output_embeddings().register_forward_hook(
+            lambda head, args, _: copied.add(args[0].stride(0) == args[0][0].numel()))
         return evaluate(model, *rest)
 
     monkeypatch.setattr(safesteer, "evaluate", record)
     folder = run(base, "--learning-rate", 1e-3, "--lora", lora) / "safesteer"
     (plain, dtype), _, (half, _), (full, _) = evaluated
     assert 1e-2 < (half - plain).abs().max() < (full - plain).abs().max()
+    assert copied == {True}, "a CPU multiplies a slice of the states slowly"
     for name, expected in ("student-safesteer-x-0.5", half), ("student-safesteer", full):
         found = scores(load(folder / name, dtype=dtype, device_map="auto"), tokenizer, HARMFUL)
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
