@@ -240,7 +240,7 @@ def select_safety_tokens(model, tokenizer, direction, held_out_harmless, harmful
     chosen = lifts.topk(min(settings.votes, int(may_win.sum()))).indices
     votes, ids = chosen.flatten().bincount(minlength=len(may_win)).topk(settings.safety_tokens)
     if votes[0] == 0:
-        raise ValueError(f"S is empty: none has min_prob {settings.min_prob}, max_prob {settings.max_prob}.")
+        raise ValueError("S is empty: no token is within min_prob and max_prob.")
     return ids[votes > 0], votes[votes > 0]  # nobody wins without a vote
 
 
