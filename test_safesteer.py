@@ -318,7 +318,8 @@ def test_the_loss_is_the_kl_or_on_safety_tokens_their_terms_of_it(token_ids, kin
 def test_a_student_learns_on_its_own_answers_from_the_steered_base(tokenizer, config, lora):
     base, settings = tiny(tokenizer, config, attention_dropout=0.5), fast(rollouts=2, lora=lora)
     student, passes = make_student(base, settings), []
-    assert torch.equal(scores(student, tokenizer, HARMFUL), scores(base, tokenizer, HARMFUL))
+    found, expected = scores(student, tokenizer, HARMFUL), scores(base, tokenizer, HARMFUL)
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=0, msg="it starts as the base")
     weights = [weight for weight in student.parameters() if weight.requires_grad]
     for weight in weights:
         weight.data += 0.2 * torch.randn_like(weight)  # as after some training
