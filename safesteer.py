@@ -361,10 +361,10 @@ def train_student(model, tokenizer, direction, train, settings):
     torch.manual_seed(settings.seed)  # again, so that stage 3 begins alike in all variants
     student = make_student(model, settings)
     weights = [weight for weight in student.parameters() if weight.requires_grad]
-    start = [weight.detach().to("cpu", copy=True) for weight in weights]
+    start = list(model.parameters()) if settings.lora == 0 else copy.deepcopy(weights)
     losses = distill(
         student, model, tokenizer, train["harmful"], direction, ids, settings, train["anchors"])
-    end = [weight.detach().to("cpu", copy=True) for weight in weights]
+    end = copy.deepcopy(weights)
     return student, ids, losses, list(zip(weights, start, end, strict=True))
 
 
@@ -372,7 +372,7 @@ def set_strength(trained, strength):
     """Move what was trained, triples of a weight, its start and its end, to start + strength *
     (end - start), rounded to its dtype."""
     for weight, start, end in trained:
-        weight.data.copy_(torch.lerp(start.float(), end.float(), strength))
+        weight.data.copy_(torch.lerp(start.data.float(), end.data.float(), strength))
 
 
 # ===== What the stages stand on: chats, passes, sampling =====
