@@ -633,7 +633,7 @@ def write_results(rows, report, tests, folder):
     columns = "capability right", "harmless answered", "borderline answered", "shift"
     variants = table["model"].str.partition(" x ")[0]
     for panel, column in zip(figure.subplots(2, 2).flat, columns, strict=True):
-        for name in variants.unique():
+        for name in variants.unique()[::-1]:  # the base last, on top of the others
             curve = table[variants.isin(["base", name])]
             panel.plot(curve[column], curve["harmful refused"], "o-", label=name)
         panel.set(xlabel=column, ylabel="harmful refused, %", ylim=(0, 102))
