@@ -354,7 +354,7 @@ def make_student(model, settings):
 
 def train_student(model, tokenizer, direction, train, settings):
     """Stages 2 and 3: elect S, make a student and train it. Returns the student, S, the losses of
-    the steps, and what was trained: triples of a weight and copies of its start and end."""
+    the steps, and what was trained: triples of a weight, its start and its end."""
     torch.manual_seed(settings.seed)
     ids, _ = select_safety_tokens(
         model, tokenizer, direction, train["held_out"], train["harmful"], settings)
